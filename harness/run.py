@@ -1,0 +1,377 @@
+"""The one async driver: asks the algorithm what follows, awaits engines, hands out events. It decides nothing itself.
+
+Rollout tasks put what happened to them into one inbox; the iterator alone folds it into the state. So there is a single
+writer and no lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from concurrent.futures import Future
+from contextlib import aclosing, asynccontextmanager, closing
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Protocol
+
+from harness.budget import answer_share
+from harness.engine import Engine, EngineDead, EngineError
+from harness.events import (
+    AnswersGrouped,
+    DeadlineReached,
+    Event,
+    RolloutAborted,
+    RolloutDelta,
+    RolloutFailed,
+    RolloutFinished,
+    RolloutStarted,
+    RunResumed,
+)
+from harness.markovian_rsa import State, apply, decide, pending_vote, plan
+from harness.selection import MathJudge, extract_answer
+from harness.tails import LoopDetector, TraceBuilder, cut_tail
+from harness.types import AnswerRules, Carry, Finish, Params, Rollout, RolloutRequest, Slot, Tail, TokenIds, Usage
+
+Inbox = Event | RolloutDelta | EngineDead
+
+
+class Watch(StrEnum):
+    """Which rollouts are followed delta by delta."""
+
+    NONE = "none"
+    FINAL = "final"
+    ALL = "all"
+
+
+class Judge(Protocol):
+    """Says which answers are equal (`MathJudge`)."""
+
+    def group(self, answers: list[str | None]) -> Future[tuple[int, ...]]:
+        """A group number for each answer, -1 for none."""
+        ...
+
+
+@asynccontextmanager
+async def open_run(
+    state: State,
+    engine: Engine,
+    *,
+    watch: Watch = Watch.FINAL,
+    judge: Judge | None = None,
+    elapsed_s: float = 0.0,
+    lost_tokens: int | None = None,
+) -> AsyncIterator[RunEvents]:
+    """Run from a state to its outcome. Leaving the block aborts whatever the engine still does for it.
+
+    Args:
+        state: A fresh one of `init`, or one taken up again.
+        engine: Where rollouts are generated.
+        watch: Which rollouts yield `RolloutDelta`.
+        judge: Who compares answers; by default a `MathJudge` of the run's own.
+        elapsed_s: Seconds that count against `deadline_s` already.
+        lost_tokens: For a run taken up again: what its lost generations had cost; None charges their whole grants.
+
+    Yields:
+        An iterator over the events; its `state` is folded up to the last one handed out.
+
+    Raises:
+        EngineDead: Out of the iteration. Nothing was recorded; the state can be taken up again.
+    """
+    if judge is None:
+        with closing(MathJudge()) as own_judge:
+            async with open_run(
+                state, engine, watch=watch, judge=own_judge, elapsed_s=elapsed_s, lost_tokens=lost_tokens
+            ) as events:
+                yield events
+        return
+    async with asyncio.TaskGroup() as tasks:
+        events = RunEvents(state, engine, watch, judge, tasks, elapsed_s, lost_tokens)
+        try:
+            yield events
+        finally:
+            events.cancel()
+
+
+@dataclass(slots=True)
+class _Live:
+    """A rollout that is being generated."""
+
+    task: asyncio.Task[None] | None = None
+    tokens: int = 0
+    begun: bool = False  # a task that is cancelled before its first step never runs
+
+
+class RunEvents(AsyncIterator[Event | RolloutDelta]):
+    """The events of a run as they come about. Not made directly: `open_run` does."""
+
+    def __init__(
+        self,
+        state: State,
+        engine: Engine,
+        watch: Watch,
+        judge: Judge,
+        tasks: asyncio.TaskGroup,
+        elapsed_s: float,
+        lost_tokens: int | None,
+    ) -> None:
+        self.state = state
+        self._engine = engine
+        self._watch = watch
+        self._judge = judge
+        self._tasks = tasks
+        self._inbox: asyncio.Queue[Inbox] = asyncio.Queue()
+        self._outbox: deque[Event] = deque()
+        self._live: dict[Slot, _Live] = {}
+        self._voting: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        if state.running:
+            charged = sum(state.running.values()) if lost_tokens is None else lost_tokens
+            self._record(RunResumed(tuple(sorted(state.running)), charged))
+        if state.params.deadline_s is not None and state.stopping is None:
+            left = max(0.0, state.params.deadline_s - elapsed_s)
+            self._timer = asyncio.get_running_loop().call_later(left, self._inbox.put_nowait, DeadlineReached())
+
+    @property
+    def lost_tokens(self) -> int:
+        """Tokens that rollouts in flight have generated so far: what an `EngineDead` throws away."""
+        return sum(live.tokens for live in self._live.values())
+
+    async def __anext__(self) -> Event | RolloutDelta:
+        """The next event.
+
+        Raises:
+            StopAsyncIteration: After the outcome.
+            EngineDead: The engine is gone.
+        """
+        while True:
+            if self._outbox:
+                return self._outbox.popleft()
+            if self.state.outcome is not None:
+                raise StopAsyncIteration
+            self._advance()
+            if self._outbox:
+                continue
+            item = await self._inbox.get()
+            if isinstance(item, EngineDead):
+                raise item
+            if isinstance(item, RolloutDelta):
+                return item
+            self._record(item)
+            if isinstance(item, DeadlineReached):
+                self._abort()
+
+    def cancel(self) -> None:
+        """Abort everything in flight."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for live in self._live.values():
+            if live.task is not None:
+                live.task.cancel()
+        if self._voting is not None:
+            self._voting.cancel()
+
+    def _abort(self) -> None:
+        """Cut every rollout in flight; each puts what stands there into the inbox."""
+        for slot, live in list(self._live.items()):
+            if live.begun and live.task is not None:
+                live.task.cancel()
+            else:
+                live.begun = True
+                self._inbox.put_nowait(RolloutAborted(Rollout(slot, Tail((), ""), "", Finish.ABORTED, Usage(), 0.0)))
+
+    def _record(self, event: Event) -> None:
+        self.state = apply(self.state, event)
+        self._outbox.append(event)
+        if isinstance(event, RolloutFinished | RolloutAborted):
+            self._live.pop(event.rollout.slot, None)
+        elif isinstance(event, RolloutFailed):
+            self._live.pop(event.slot, None)
+
+    def _advance(self) -> None:
+        """Everything that follows without waiting: decisions, and rollouts that can start."""
+        while (event := decide(self.state)) is not None:
+            self._record(event)
+        for request in plan(self.state):
+            self._record(RolloutStarted(request.slot, request.members, request.max_tokens))
+            live = self._live[request.slot] = _Live()
+            live.task = self._tasks.create_task(self._rollout(request, live))
+        if self.state.outcome is not None:
+            if self._timer is not None:
+                self._timer.cancel()
+        elif (candidates := pending_vote(self.state)) and self._voting is None:
+            self._voting = self._tasks.create_task(self._vote(candidates))
+        elif not self._live and self._voting is None and not self._outbox:
+            raise RuntimeError(f"run {self.state.run_id} waits for nothing")
+
+    async def _vote(self, candidates: tuple[Slot, ...]) -> None:
+        answers = [extract_answer(self.state.rollouts[slot].answer) for slot in candidates]
+        groups = await asyncio.wrap_future(self._judge.group(answers))
+        self._voting = None
+        self._inbox.put_nowait(AnswersGrouped(candidates, groups))
+
+    async def _rollout(self, request: RolloutRequest, live: _Live) -> None:
+        """One rollout, from its first request to the event that ends it."""
+        if live.begun:
+            return
+        live.begun = True
+        clock = asyncio.get_running_loop().time
+        start = clock()
+        params = self.state.params
+        last = request.slot.round == params.rounds
+        watched = self._watch is Watch.ALL or (last and self._watch is Watch.FINAL)
+        generation = _Generation(self._engine, replace(request, watched=watched), params, self._inbox, live)
+        try:
+            finish = await generation.run(must_answer=last or params.carry is Carry.ANSWER)
+            rollout = await generation.rollout(finish, clock() - start)
+            self._inbox.put_nowait(RolloutFinished(rollout, generation.builder.trace()))
+        except EngineError as error:
+            self._inbox.put_nowait(RolloutFailed(request.slot, str(error), generation.usage(), clock() - start))
+        except EngineDead as error:
+            self._inbox.put_nowait(error)
+        except asyncio.CancelledError:
+            if self.state.stopping is None:
+                raise
+            # Cut by the run itself: what stands there may be the best answer so far.
+            try:
+                rollout = await generation.rollout(Finish.ABORTED, clock() - start)
+            except (EngineError, EngineDead) as error:
+                self._inbox.put_nowait(RolloutFailed(request.slot, str(error), generation.usage(), clock() - start))
+            else:
+                self._inbox.put_nowait(RolloutAborted(rollout))
+
+
+class _Generation:
+    """The requests of one rollout: one as a rule, a second where the thinking has to be closed for an answer."""
+
+    def __init__(
+        self, engine: Engine, request: RolloutRequest, params: Params, inbox: asyncio.Queue[Inbox], live: _Live
+    ) -> None:
+        self.builder = TraceBuilder(engine.vocabulary)
+        self._engine = engine
+        self._request = request
+        self._params = params
+        self._inbox = inbox
+        self._live = live
+        self._prompt_tokens = 0
+        self._cached_tokens = 0
+        self._tokens = 0  # of requests that have ended, as the engine counts them
+        self._ids = 0  # of these requests, in the trace
+        self._loop = False
+
+    async def run(self, must_answer: bool) -> Finish:
+        """Generate until the rollout is done.
+
+        Args:
+            must_answer: Whether it has to end in an answer: the thinking is closed when its share is spent.
+        """
+        request, rules = self._request, self._request.answer
+        close = self._engine.vocabulary.think_close
+        if not close:
+            return await self._ask(
+                replace(request, max_tokens=min(request.max_tokens, rules.max_tokens or request.max_tokens))
+            )
+        if not must_answer:
+            return await self._ask(replace(request, stop_ids=() if self._params.reads_answers else close))
+        # Rules bind the answer alone: they can only be given to the engine once the thinking is over.
+        bound = rules.max_tokens is not None or bool(rules.stop) or rules.json_schema is not None
+        share = request.max_tokens - answer_share(request.max_tokens, rules.max_tokens)
+        if share > 0:
+            free = AnswerRules(tools=rules.tools)
+            finish = await self._ask(
+                replace(request, max_tokens=share, stop_ids=close if bound else (), answer=free), unthought=rules
+            )
+            if self.builder.thinking:
+                self.builder.close_thinking()
+            elif finish is Finish.LOOP or (finish is Finish.STOP and rules.json_schema is None):
+                return finish
+            elif not self.builder.thought and rules.json_schema is not None:
+                self._begin_anew()  # it answered freely at once, where the answer has a form
+        left = request.max_tokens - self.generated
+        if rules.max_tokens is not None:
+            left = min(left, rules.max_tokens - (len(self.builder.token_ids) - self.builder.answer_start))
+        if left < 1:
+            return Finish.LENGTH
+        return await self._ask(replace(request, max_tokens=left, continuation=tuple(self.builder.token_ids)))
+
+    def _begin_anew(self) -> None:
+        self.builder = TraceBuilder(self._engine.vocabulary)
+        self._ids = 0
+
+    async def _ask(self, request: RolloutRequest, unthought: AnswerRules | None = None) -> Finish:
+        """One request; its tokens are joined to the trace.
+
+        Args:
+            request: What to ask for.
+            unthought: Rules to hold the text to if it turns out to be an answer without thinking.
+        """
+        builder, detector, before = self.builder, LoopDetector(), self.generated
+        finish: Finish | None = None
+        counted: int | None = None
+        text = ""
+        async with aclosing(self._engine.generate(request)) as deltas:
+            async for delta in deltas:
+                builder.add(delta)
+                self._prompt_tokens += delta.prompt_tokens or 0
+                self._cached_tokens += delta.cached_tokens or 0
+                self._live.tokens = self.generated
+                finish, counted = delta.finish, delta.completion_tokens
+                if request.watched and delta.text:
+                    self._inbox.put_nowait(RolloutDelta(request.slot, delta.text, not builder.thinking, self.generated))
+                if finish is not None:
+                    break
+                if request.stop_ids and builder.thought:
+                    finish = Finish.STOP  # for engines that do not know stop ids
+                    break
+                if detector.feed(delta.text):
+                    self._loop, finish = True, Finish.LOOP
+                    break
+                if unthought is not None and not builder.thinking and not builder.thought:
+                    text += delta.text
+                    if len(builder.token_ids) >= (unthought.max_tokens or len(builder.token_ids) + 1):
+                        finish = Finish.LENGTH
+                        break
+                    if any(stop in text for stop in unthought.stop):
+                        finish = Finish.STOP
+                        break
+        if finish is None:
+            raise EngineError("the engine ended a generation without saying why")
+        self._tokens = self.generated if counted is None else before + counted
+        self._ids = len(builder.token_ids) - builder.inserted
+        if finish is Finish.STOP and request.stop_ids and builder.thought:
+            return Finish.THOUGHT
+        return finish
+
+    @property
+    def generated(self) -> int:
+        """Tokens that the engine has generated for this rollout."""
+        ids = len(self.builder.token_ids) - self.builder.inserted - self._ids
+        return self._tokens + round(ids / self._engine.vocabulary.ids_per_token)
+
+    def usage(self) -> Usage:
+        """What the rollout has cost."""
+        start, stop = self.builder.trace().answer
+        answer = round((stop - start) / self._engine.vocabulary.ids_per_token)
+        return Usage(self._prompt_tokens, self._cached_tokens, self.generated, max(0, self.generated - answer))
+
+    async def rollout(self, finish: Finish, seconds: float) -> Rollout:
+        """What is left of the rollout: its tail and its answer, decoded."""
+        trace = self.builder.trace()
+        last = self._request.slot.round == self._params.rounds
+        tail_ids = max(1, round(self._params.tail_tokens * self._engine.vocabulary.ids_per_token))
+        tail = () if last else cut_tail(trace, tail_ids, self._params.carry)  # nothing reads the last round
+        answer = (await self._decode(trace.token_ids[trace.answer[0] : trace.answer[1]])).strip()
+        for stop in self._request.answer.stop:
+            answer = answer.partition(stop)[0]
+        return Rollout(
+            slot=self._request.slot,
+            tail=Tail(tail, await self._decode(tail)),
+            answer=answer,
+            finish=finish,
+            usage=self.usage(),
+            seconds=seconds,
+            loop=self._loop,
+        )
+
+    async def _decode(self, token_ids: TokenIds) -> str:
+        return await self._engine.decode(token_ids) if len(token_ids) else ""

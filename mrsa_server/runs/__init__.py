@@ -1,0 +1,1 @@
+"""What owns a run while it is alive."""
