@@ -49,8 +49,8 @@ class Vocabulary:
 class Delta:
     """What an engine has generated since the delta before.
 
-    A think marker comes whole, in a delta of its own with an empty text. The first delta of a generation carries what is
-    known of its prompt; the last carries `finish`.
+    A think marker comes whole, in a delta of its own with an empty text. The first delta of a generation carries what
+    is known of its prompt; the last carries `finish`.
 
     Attributes:
         token_ids: New ids, `think_open` and `think_close` among them.

@@ -87,10 +87,15 @@ async def open_run(
         return
     async with asyncio.TaskGroup() as tasks:
         events = RunEvents(state, engine, watch, judge, tasks, elapsed_s, lost_tokens)
+        failure: Exception | None = None
         try:
             yield events
+        except Exception as error:  # raised below as it is: the task group would wrap it
+            failure = error
         finally:
             events.cancel()
+    if failure is not None:
+        raise failure
 
 
 @dataclass(slots=True)

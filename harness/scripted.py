@@ -31,7 +31,7 @@ T = TypeVar("T")
 class Script:
     """What a rollout generates if nothing cuts it: thinking and answer as text (a token is a byte), or an error.
 
-    `fail_after` tokens it raises `error`; None generates to the end.
+    With an `error`, that is raised after `fail_after` tokens, if the generation gets so far.
     """
 
     thinking: str
@@ -160,8 +160,6 @@ class ScriptedEngine:
                 )
                 yield Delta(part, text, prompt_tokens=prompt)
                 prompt = None
-            if script.error is not None:
-                raise script.error
             yield Delta(finish=finish, prompt_tokens=prompt)
         finally:
             self.open_requests -= 1

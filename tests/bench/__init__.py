@@ -1,0 +1,1 @@
+"""Figures that a stranger can repeat. Run by hand; none of them fails a test."""

@@ -1,0 +1,563 @@
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from harness.budget import BudgetTooSmall, smallest_budget
+from harness.engine import Delta, EngineDead, EngineError
+from harness.events import (
+    DeadlineReached,
+    Event,
+    RolloutAborted,
+    RolloutDelta,
+    RolloutFailed,
+    RolloutFinished,
+    RolloutStarted,
+    RunFailed,
+    RunFinished,
+    RunResumed,
+    SetAmended,
+    Stopped,
+    WentFinal,
+)
+from harness.markovian_rsa import State, apply, init, replay
+from harness.prompts import Templates
+from harness.run import Watch, open_run
+from harness.scripted import Script, ScriptedEngine, Speed, run_virtual
+from harness.types import (
+    AnswerRules,
+    Carry,
+    Finish,
+    InvalidParams,
+    Message,
+    Params,
+    Problem,
+    RolloutRequest,
+    Sampling,
+    Selection,
+    Slot,
+)
+from tests.helpers.barrier import Result, barrier_loop
+
+PROBLEM = Problem((Message("system", ("You are terse.",)), Message("user", ("What is 6 times 7?",))))
+property_of_runs = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150
+)
+
+
+def number(*path: object) -> int:
+    return int.from_bytes(hashlib.sha256(repr(path).encode()).digest()[:6], "big")
+
+
+class World(ScriptedEngine):
+    """Scripts, failures and delays that depend on the slot and on what is read, drawn from one number."""
+
+    def __init__(self, key: int, failing: int = 0, thinking: bool = True, longest: int = 60) -> None:
+        super().__init__(self.say, thinking=thinking, chunk_tokens=7)
+        self.key = key
+        self.failing = failing  # percent
+        self.longest = longest
+        self.asked: list[Slot] = []
+
+    def say(self, request: RolloutRequest) -> Script:
+        text = "".join(message.text for message in request.messages)
+        thinking = f"{number(self.key, request.slot, text):x}" * 9
+        broken = number(self.key, "fails", request.slot) % 100 < self.failing
+        return Script(
+            thinking[: 1 + number(self.key, "length", request.slot) % self.longest],
+            f"\\boxed{{{number(self.key, text, request.slot)}}}",
+            EngineError(f"{request.slot} is lost") if broken else None,
+            number(self.key, "breaks", request.slot) % 30,
+        )
+
+    async def generate(self, request: RolloutRequest) -> AsyncGenerator[Delta, None]:
+        self.asked.append(request.slot)
+        await asyncio.sleep(1 + number(self.key, "delay", request.slot) % 1000)
+        async for delta in super().generate(request):
+            yield delta
+
+
+params_of_runs = st.builds(
+    lambda n, c, t, f, beta, tau, carry, seed: Params(
+        population=n,
+        set_size=c,
+        rounds=t,
+        final_candidates=min(n, f),
+        rollout_tokens=beta,
+        tail_tokens=tau,
+        final_tokens=4000,
+        carry=carry,
+        selection=Selection.FIRST,
+        seed=seed,
+    ),
+    st.integers(1, 7),
+    st.integers(1, 7),
+    st.integers(0, 4),
+    st.integers(1, 7),
+    st.integers(2, 80),
+    st.integers(1, 100),
+    st.sampled_from([Carry.REASONING, Carry.HYBRID]),
+    st.integers(0, 2**63),
+)
+
+
+async def go(state: State, engine: ScriptedEngine, **options: Any) -> tuple[State, list[Event]]:
+    events: list[Event] = []
+    async with open_run(state, engine, **options) as stream:
+        async for event in stream:
+            if not isinstance(event, RolloutDelta):
+                events.append(event)
+        return stream.state, events
+
+
+def run(params: Params, engine: ScriptedEngine, templates: Templates, problem: Problem = PROBLEM) -> State:
+    return run_virtual(go(init("run", problem, params, templates), engine))[0]
+
+
+# The property that everything stands on.
+
+
+@property_of_runs
+@given(params_of_runs, st.integers(0, 2**32), st.sampled_from([0, 0, 20, 50, 80]), st.booleans())
+def test_lazy_evaluation_gives_what_the_barrier_loop_gives_on_the_same_draws(
+    templates: Templates, params: Params, key: int, failing: int, thinking: bool
+) -> None:
+    async def both() -> tuple[State, Result]:
+        state, _ = await go(init("run", PROBLEM, params, templates), World(key, failing, thinking))
+        return state, await barrier_loop(PROBLEM, params, templates, World(key, failing, thinking))
+
+    state, barrier = run_virtual(both())
+    if isinstance(state.outcome, RunFinished):
+        assert not barrier.failed
+        assert {slot: state.rollouts[slot].answer for slot in state.outcome.candidates} == barrier.answers
+    else:
+        assert isinstance(state.outcome, RunFailed)
+        assert barrier.failed
+    for slot, rollout in state.rollouts.items():
+        if slot.round < params.rounds:
+            assert rollout.tail.text == barrier.tails[slot].text
+    assert state.usage.completion_tokens <= barrier.tokens
+    assert sum(stats.started for stats in state.stats) <= barrier.rollouts
+
+
+@property_of_runs
+@given(params_of_runs, st.integers(0, 2**32))
+def test_only_what_something_reads_is_started_and_only_once(templates: Templates, params: Params, key: int) -> None:
+    engine = World(key)
+    state = run(params, engine, templates)
+    assert len(engine.asked) == len(set(engine.asked)) == len(state.needed)
+    assert set(engine.asked) == set(state.needed)
+    assert sum(state.skipped) == params.population * params.rounds + params.final_candidates - len(state.needed)
+
+
+def test_nobody_waits_for_the_slowest(templates: Templates) -> None:
+    """Every rollout starts in the very moment in which the last of its own inputs ends."""
+
+    async def times() -> None:
+        loop, ended = asyncio.get_running_loop(), dict[Slot, float]()
+        params = Params(population=8, set_size=2, rounds=3, final_candidates=8, rollout_tokens=500, final_tokens=4000)
+        waited = 0
+        async with open_run(init("run", PROBLEM, params, templates), World(5)) as events:
+            async for event in events:
+                if isinstance(event, RolloutFinished):
+                    ended[event.rollout.slot] = loop.time()
+                elif isinstance(event, RolloutStarted) and event.slot.round:
+                    inputs = events.state.inputs(event.slot)
+                    assert loop.time() == max(ended[slot] for slot in inputs)
+                    round_end = [slot for slot in events.state.needed if slot.round == event.slot.round - 1]
+                    waited += all(slot in ended for slot in round_end)
+        assert waited < 24 - 3, "a barrier would let each of them wait for its whole round"
+
+    run_virtual(times())
+
+
+# Failures.
+
+
+def failing_at(*slots: Slot) -> ScriptedEngine:
+    def say(request: RolloutRequest) -> Script:
+        lost = EngineError("out of luck") if request.slot in slots else None
+        return Script("thinking " * 5, f"answer {request.slot.index}", lost)
+
+    return ScriptedEngine(say)
+
+
+SMALL = Params(population=4, set_size=2, rounds=1, rollout_tokens=100, tail_tokens=20, final_tokens=400, seed=3)
+
+
+def test_a_set_goes_on_with_the_members_that_are_left(templates: Templates) -> None:
+    first = run(SMALL, failing_at(), templates).inputs(Slot(1, 0))
+    state, events = run_virtual(go(init("run", PROBLEM, SMALL, templates), failing_at(first[0])))
+    assert isinstance(state.outcome, RunFinished)
+    assert [event.members for event in events if isinstance(event, RolloutStarted) and event.slot.round == 1] == [
+        (first[1].index,)
+    ]
+
+
+def test_a_set_left_empty_draws_again_and_the_log_says_so(templates: Templates) -> None:
+    first = run(SMALL, failing_at(), templates).inputs(Slot(1, 0))
+    state, events = run_virtual(go(init("run", PROBLEM, SMALL, templates), failing_at(*first)))
+    assert isinstance(state.outcome, RunFinished)
+    amended = [event for event in events if isinstance(event, SetAmended)]
+    assert len(amended) == 1
+    assert set(amended[0].members) == set(range(4)) - {slot.index for slot in first}
+
+
+def test_when_the_last_candidate_fails_another_stands_in(templates: Templates) -> None:
+    state = run(SMALL, failing_at(Slot(1, 0), Slot(1, 1)), templates)
+    assert isinstance(state.outcome, RunFinished)
+    assert state.outcome.candidates == (Slot(1, 2),)
+
+
+@pytest.mark.parametrize("round", [0, 1])
+def test_only_an_empty_population_fails_the_run_and_the_reason_is_named(templates: Templates, round: int) -> None:
+    state = run(SMALL, failing_at(*(Slot(round, index) for index in range(4))), templates)
+    assert isinstance(state.outcome, RunFailed)
+    assert "out of luck" in state.outcome.reason
+    assert state.stats[round].failed == 4
+
+
+def test_a_dead_engine_fails_no_run_and_the_run_goes_on_when_it_is_back(templates: Templates) -> None:
+    async def dies() -> None:
+        engine = World(11)
+        events: list[Event] = []
+        stream_state = init("run", PROBLEM, replace(SMALL, population=6, rounds=3), templates)
+        events.append(stream_state.started)
+
+        async def until_it_dies() -> None:
+            async with open_run(stream_state, engine) as stream:
+                async for event in stream:
+                    events.append(event)  # type: ignore[arg-type]
+                    if sum(isinstance(event, RolloutFinished) for event in events) == 5:
+                        engine.kill()
+
+        with pytest.raises(EngineDead):
+            await until_it_dies()
+        assert not any(isinstance(event, RolloutFailed | RunFailed) for event in events)
+        finished = {event.rollout.slot for event in events if isinstance(event, RolloutFinished)}
+        engine.revive()
+        engine.asked.clear()
+        state = replay([event for event in events if not isinstance(event, RolloutDelta)], templates)
+        state, more = await go(state, engine, lost_tokens=0)
+        assert isinstance(state.outcome, RunFinished)
+        assert isinstance(more[0], RunResumed)
+        assert not finished & set(engine.asked)
+        whole = await go(init("run", PROBLEM, replace(SMALL, population=6, rounds=3), templates), World(11))
+        assert [state.rollouts[slot].answer for slot in state.outcome.candidates] == [
+            whole[0].rollouts[slot].answer for slot in state.outcome.candidates
+        ]
+
+    run_virtual(dies())
+
+
+# Durability: state is the fold over the log.
+
+
+@settings(property_of_runs, max_examples=40)
+@given(params_of_runs, st.integers(0, 2**32), st.sampled_from([0, 30]), st.integers(0, 10_000))
+def test_a_log_cut_after_any_event_goes_on_to_the_same_end(
+    templates: Templates, params: Params, key: int, failing: int, cut: int
+) -> None:
+    async def twice() -> None:
+        fresh = init("run", PROBLEM, params, templates)
+        whole, events = await go(fresh, World(key, failing))
+        log = [fresh.started, *events]
+        kept = log[: 1 + cut % len(log)]
+        engine = World(key, failing)
+        resumed, _ = await go(replay(kept, templates), engine)
+        assert resumed.outcome == whole.outcome
+        assert {slot: rollout.answer for slot, rollout in resumed.rollouts.items()} == {
+            slot: rollout.answer for slot, rollout in whole.rollouts.items()
+        }
+        ended = {event.rollout.slot for event in kept if isinstance(event, RolloutFinished)}
+        ended |= {event.slot for event in kept if isinstance(event, RolloutFailed)}
+        assert not ended & set(engine.asked), "no rollout that ended is asked for again"
+        assert replay(log, templates) == whole
+
+    run_virtual(twice())
+
+
+def test_a_log_of_another_wording_is_refused(templates: Templates) -> None:
+    started = init("run", PROBLEM, SMALL, templates).started
+    with pytest.raises(ValueError, match="was started with the prompts old"):
+        replay([replace(started, templates="old")], templates)
+    with pytest.raises(ValueError, match="begins with RunStarted"):
+        replay([], templates)
+
+
+# Budget and deadline.
+
+
+@property_of_runs
+@given(params_of_runs, st.integers(0, 2**32), st.sampled_from([0, 20, 60]), st.integers(-5, 3000))
+def test_a_run_never_generates_more_than_its_budget(
+    templates: Templates, params: Params, key: int, failing: int, extra: int
+) -> None:
+    params = replace(params, final_tokens=300, tail_tokens=1 + params.tail_tokens)  # one token is `<think>` alone
+    need = smallest_budget(params)
+    params = replace(params, budget_tokens=max(1, need + extra))
+    if params.budget_tokens < need:  # type: ignore[operator]
+        with pytest.raises(BudgetTooSmall, match=str(need)):
+            init("run", PROBLEM, params, templates)
+        return
+
+    class Counting(World):
+        generated = 0
+
+        async def generate(self, request: RolloutRequest) -> AsyncGenerator[Delta, None]:
+            async for delta in super().generate(request):
+                self.generated += len(delta.token_ids)
+                yield delta
+
+    engine = Counting(key, failing)
+    state = run(params, engine, templates)
+    assert state.outcome is not None
+    assert engine.generated == state.usage.completion_tokens <= params.budget_tokens  # type: ignore[operator]
+    if not failing:
+        assert isinstance(state.outcome, RunFinished)
+        assert state.outcome.stopped is None
+
+
+def test_a_budget_that_losses_have_eaten_sends_the_run_to_its_last_stage(templates: Templates) -> None:
+    """Round 1 loses its set after spending; what is left pays no spare, so the last stage reads round 0."""
+    params = Params(
+        population=6, set_size=1, rounds=2, rollout_tokens=100, tail_tokens=100, final_tokens=200, seed=1,
+    )  # fmt: skip
+    params = replace(params, budget_tokens=smallest_budget(params) + 50)
+
+    def say(request: RolloutRequest) -> Script:
+        lost = EngineError("lost at its end") if request.slot.round == 1 else None
+        return Script("x" * 95, "42", lost, 90)
+
+    state, events = run_virtual(go(init("run", PROBLEM, params, templates), ScriptedEngine(say)))
+    assert [event.round for event in events if isinstance(event, WentFinal)] == [0]
+    assert isinstance(state.outcome, RunFinished)
+    assert state.outcome.stopped is Stopped.BUDGET
+    assert state.usage.completion_tokens <= (params.budget_tokens or 0)
+
+
+def test_tokens_that_a_rollout_did_not_use_go_to_the_later_ones(templates: Templates) -> None:
+    params = replace(SMALL, rounds=3, population=4, rollout_tokens=100_000, final_tokens=1000, seed=9)
+    params = replace(params, budget_tokens=smallest_budget(params) + 4000)
+    _, events = run_virtual(go(init("run", PROBLEM, params, templates), World(1)))
+    grants = [(event.slot.round, event.grant) for event in events if isinstance(event, RolloutStarted)]
+    assert max(tokens for round, tokens in grants if round == 2) > max(tokens for round, tokens in grants if round == 0)
+
+
+def test_a_deadline_ends_in_the_best_answer_so_far(templates: Templates) -> None:
+    def say(request: RolloutRequest) -> Script:
+        return Script("t" * (50 if request.slot.round == 0 else 50_000), f"answer of {request.slot}")
+
+    async def late() -> None:
+        params = Params(
+            population=4, set_size=2, rounds=2, rollout_tokens=60_000, tail_tokens=50, deadline_s=30, seed=2
+        )
+        engine = ScriptedEngine(say, speed=Speed(0.01))
+        state, events = await go(init("run", PROBLEM, params, templates), engine)
+        assert asyncio.get_running_loop().time() == pytest.approx(30, abs=0.1)
+        assert engine.open_requests == 0
+        outcome = state.outcome
+        assert isinstance(outcome, RunFinished)
+        assert outcome.stopped is Stopped.DEADLINE
+        assert outcome.candidates[0].round == 0
+        assert not outcome.partial
+        cut = [event.rollout.slot.round for event in events if isinstance(event, RolloutAborted)]
+        assert cut
+        assert set(cut) == {1}
+
+    run_virtual(late())
+
+
+def test_a_deadline_in_the_middle_of_the_only_answer_gives_it_as_partial(templates: Templates) -> None:
+    def say(request: RolloutRequest) -> Script:
+        return Script("t", "many words " * 1000)
+
+    async def late() -> None:
+        params = Params(population=1, rounds=0, deadline_s=5, final_tokens=40_000)
+        engine = ScriptedEngine(say, speed=Speed(0.01), chunk_tokens=10)
+        state, _ = await go(init("run", PROBLEM, params, templates), engine)
+        assert isinstance(state.outcome, RunFinished)
+        assert state.outcome.partial
+        assert state.rollouts[Slot(0, 0)].answer.startswith("many words")
+        assert state.rollouts[Slot(0, 0)].finish is Finish.ABORTED
+
+    run_virtual(late())
+
+
+def test_a_deadline_before_any_answer_fails_and_says_so(templates: Templates) -> None:
+    async def late() -> None:
+        params = replace(SMALL, deadline_s=0.5)
+        state, _ = await go(init("run", PROBLEM, params, templates), ScriptedEngine(speed=Speed(10.0)))
+        assert isinstance(state.outcome, RunFailed)
+        assert "deadline_s=0.5" in state.outcome.reason
+
+    run_virtual(late())
+
+
+def test_a_deadline_that_comes_before_the_first_step_of_a_rollout_still_ends_the_run(templates: Templates) -> None:
+    state = apply(
+        apply(init("run", PROBLEM, replace(SMALL, deadline_s=1), templates), DeadlineReached()), DeadlineReached()
+    )
+    assert run_virtual(go(state, ScriptedEngine()))[0].outcome is not None
+    state = run_virtual(go(init("run", PROBLEM, replace(SMALL, deadline_s=1e-9), templates), World(1)))[0]
+    assert isinstance(state.outcome, RunFailed)
+
+
+# Thinking, and the answer that always comes.
+
+
+def test_the_last_stage_closes_its_thinking_when_its_share_is_spent(templates: Templates) -> None:
+    engine = ScriptedEngine(lambda _: Script("never ends " * 10_000, "42"))
+    params = Params(population=1, rounds=0, final_tokens=1000)
+    state = run(params, engine, templates)
+    rollout = state.rollouts[Slot(0, 0)]
+    assert rollout.answer == "42"
+    assert rollout.finish is Finish.STOP
+    assert rollout.usage.completion_tokens == 750 + 3  # three quarters of thinking, "42" and the end
+    assert engine.total_requests == 2
+
+
+def test_an_answer_that_outgrows_the_thinking_s_share_goes_on_to_the_whole(templates: Templates) -> None:
+    engine = ScriptedEngine(lambda _: Script("short", "a" * 5000))
+    state = run(Params(population=1, rounds=0, final_tokens=1000), engine, templates)
+    rollout = state.rollouts[Slot(0, 0)]
+    assert rollout.usage.completion_tokens == 1000
+    assert len(rollout.answer) == 1000 - len("short") - 2
+    assert rollout.finish is Finish.LENGTH
+    assert isinstance(state.outcome, RunFinished)
+    assert state.outcome.partial
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_max_tokens_of_the_answer_bound_the_answer_alone(templates: Templates, thinking: bool) -> None:
+    engine = ScriptedEngine(lambda _: Script("why " * 50 if thinking else "", "a" * 500), thinking=thinking)
+    problem = Problem(PROBLEM.messages, AnswerRules(max_tokens=10))
+    rollout = run(Params(population=1, rounds=0, final_tokens=1000), engine, templates, problem).rollouts[Slot(0, 0)]
+    assert len(rollout.answer) == (10 if thinking else 9)  # without thinking, the script begins with a newline
+
+
+def test_rules_of_the_answer_do_not_touch_the_thinking(templates: Templates) -> None:
+    problem = Problem(PROBLEM.messages, AnswerRules(stop=("END",), json_schema='{"type":"object","required":["a"]}'))
+    engine = ScriptedEngine(lambda _: Script("the END is not yet", "free text"))
+    rollout = run(SMALL, engine, templates, problem).rollouts[Slot(1, 0)]
+    assert rollout.answer == '{"a": {}}'
+    assert rollout.usage.reasoning_tokens > len("the END is not yet")
+
+
+def test_a_rollout_before_the_last_stage_stops_where_nothing_reads_on(templates: Templates) -> None:
+    engine = ScriptedEngine(lambda _: Script("because", "a long answer " * 20))
+    state = run(SMALL, engine, templates)
+    early = [rollout for slot, rollout in state.rollouts.items() if slot.round == 0]
+    assert {rollout.finish for rollout in early} == {Finish.THOUGHT}
+    assert {rollout.answer for rollout in early} == {""}
+    carried = run(replace(SMALL, carry=Carry.HYBRID), engine, templates)
+    assert carried.rollouts[Slot(0, early[0].slot.index)].answer.startswith("a long answer")
+
+
+def test_carrying_answers_makes_every_stage_answer(templates: Templates) -> None:
+    engine = ScriptedEngine(lambda _: Script("never ends " * 1000, "42"))
+    state = run(replace(SMALL, carry=Carry.ANSWER), engine, templates)
+    assert all(rollout.answer == "42" for rollout in state.rollouts.values())
+    assert all(rollout.tail.text.startswith("42") for slot, rollout in state.rollouts.items() if slot.round == 0)
+
+
+def test_a_rollout_that_loops_is_cut_and_says_so(templates: Templates) -> None:
+    loops = ScriptedEngine(lambda _: Script("over and over, " * 8000, "42"), chunk_tokens=64)
+    params = replace(SMALL, rollout_tokens=100_000, final_tokens=100_000)
+    state = run(params, loops, templates)
+    early = state.rollouts[state.inputs(Slot(1, 0))[0]]
+    assert early.finish is Finish.LOOP
+    assert early.loop
+    assert early.usage.completion_tokens < 5 * 4096
+    final = state.rollouts[Slot(1, 0)]
+    assert final.loop
+    assert final.answer == "42"
+    assert final.finish is Finish.STOP
+
+
+# What a user may ask for.
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"population": 0}, "population"),
+        ({"rounds": -1}, "rounds"),
+        ({"final_candidates": 17}, "final_candidates"),
+        ({"tail_tokens": 0}, "tail_tokens"),
+        ({"deadline_s": 0.0}, "deadline_s"),
+        ({"deadline_s": float("nan")}, "deadline_s"),
+        ({"budget_tokens": 0}, "budget_tokens"),
+    ],
+)
+def test_a_bad_parameter_is_named(changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidParams) as caught:
+        Params(**changes)
+    assert caught.value.field == field
+
+
+def test_a_vote_over_the_last_round_counts_equal_answers(templates: Templates) -> None:
+    texts = ["\\boxed{7}", "\\boxed{1/2}", "I do not know, sorry about that, " * 9, "\\boxed{0.5}"]
+    engine = ScriptedEngine(lambda request: Script("hm", texts[request.slot.index]))
+    state = run(Params(population=4, rounds=0, final_candidates=4), engine, templates)
+    assert isinstance(state.outcome, RunFinished)
+    assert state.outcome.candidates == (Slot(0, 1), Slot(0, 0), Slot(0, 2), Slot(0, 3))
+    assert state.outcome.votes == (2, 1, 0, 2)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(templates: Templates) -> None:
+    def answer(seed: int) -> str:
+        params = replace(SMALL, seed=seed, sampling=Sampling(seeded=True))
+        state = run(params, ScriptedEngine(), templates)
+        return state.rollouts[Slot(0, state.inputs(Slot(1, 0))[0].index)].tail.text
+
+    assert answer(1) == answer(1)
+    assert len({answer(seed) for seed in range(5)}) == 5
+
+
+def test_deltas_of_watched_rollouts_join_to_their_texts(templates: Templates) -> None:
+    async def watch() -> None:
+        engine = ScriptedEngine(chunk_tokens=5)
+        shown: dict[tuple[Slot, bool], str] = {}
+        async with open_run(init("run", PROBLEM, SMALL, templates), engine, watch=Watch.ALL) as events:
+            async for event in events:
+                if isinstance(event, RolloutDelta):
+                    key = (event.slot, event.answer)
+                    shown[key] = shown.get(key, "") + event.text
+            final = Slot(1, 0)
+            assert shown[final, True].strip() == events.state.rollouts[final].answer
+            for slot in events.state.inputs(final):
+                assert shown[slot, False].endswith(events.state.rollouts[slot].tail.text)
+
+    run_virtual(watch())
+
+
+def test_leaving_the_block_aborts_every_request(templates: Templates) -> None:
+    async def leave() -> None:
+        engine = ScriptedEngine(speed=Speed(1.0))
+        async with open_run(init("run", PROBLEM, SMALL, templates), engine) as events:
+            async for _ in events:
+                if engine.open_requests:
+                    break
+                await asyncio.sleep(0.01)
+        assert engine.total_requests
+        assert engine.open_requests == 0
+
+    run_virtual(leave())
+
+
+@given(st.integers(1, 5), st.integers(1, 5))
+def test_a_whole_trace_fits_in_its_tail_where_tau_is_beta_or_more(templates: Templates, n: int, c: int) -> None:
+    assume(c <= n)
+    engine = ScriptedEngine(lambda request: Script(f"whole thought of {request.slot}", "42"))
+    params = Params(population=n, set_size=c, rounds=1, rollout_tokens=200, tail_tokens=200, final_tokens=400)
+    state = run(params, engine, templates)
+    for slot in state.inputs(Slot(1, 0)):
+        assert state.rollouts[slot].tail.text == f"whole thought of {slot}"

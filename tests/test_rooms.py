@@ -1,0 +1,58 @@
+"""Who may import whom (the rooms of the README), read from the source."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LEAF = {"types", "engine", "events", "lineage", "tails", "budget", "prompts", "selection"}
+ASYNC = {"run", "scripted"}  # eval will join them
+FILES = sorted([*ROOT.glob("harness/**/*.py"), *ROOT.glob("mrsa_server/**/*.py")])
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide who reads whom"
+            found.add(node.module or "")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_room_imports_only_what_it_may(path: Path) -> None:
+    found, room = imports(path), path.relative_to(ROOT).parts
+    if room[0] == "harness":
+        assert not any(
+            name.split(".")[0] in {"mrsa_server", "pydantic", "fastapi", "starlette", "vllm"} for name in found
+        )
+        if path.stem in LEAF:
+            allowed = {f"harness.{name}" for name in LEAF}
+            assert {name for name in found if name.startswith("harness")} <= allowed
+        if path.stem == "types":
+            assert not any(name.startswith("harness") for name in found)
+        if path.stem not in ASYNC and path.stem != "engine":
+            tree = ast.walk(ast.parse(path.read_text()))
+            assert not any(isinstance(node, ast.AsyncFunctionDef | ast.Await | ast.AsyncFor) for node in tree)
+    elif room[1] in {"settings.py", "metrics.py", "engines"}:
+        assert not any(name.startswith(("mrsa_server.api", "mrsa_server.runs", "mrsa_server.app")) for name in found)
+    elif room[1] == "runs":
+        assert not any(name.startswith(("mrsa_server.app", "mrsa_server.cli")) for name in found)
+        assert {name for name in found if name.startswith("mrsa_server.api")} <= {
+            f"mrsa_server.api.{name}" for name in ("wire", "sse", "errors")
+        }
+    elif room[1] == "api":
+        assert not any(name.startswith(("mrsa_server.app", "mrsa_server.cli")) for name in found)
+    if room[:2] != ("mrsa_server", "zaya") and path.name != "vllm.py":
+        assert not any(name.split(".")[0] == "vllm" for name in found), "vllm is imported in its engine alone"
+
+
+def test_vllm_is_imported_lazily() -> None:
+    path = ROOT / "mrsa_server/engines/vllm.py"
+    top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not any("vllm" == (getattr(node, "module", None) or node.names[0].name).split(".")[0] for node in top)
