@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,7 +85,7 @@ def aggregation_messages(
     is_user = last.role == "user"
     task = last.text if is_user else None
     fence = fence_of(seed, round, [*(message.text for message in problem.messages), *(tail.text for tail in tails)])
-    places = [f"{fence}:{number}" for number in range(len(tails))]
+    places = [f"{fence}:{number}:" for number in range(len(tails))]
     template = templates.refine if len(tails) == 1 else templates.aggregate
     text = template.render(
         task=task,
@@ -95,7 +94,10 @@ def aggregation_messages(
         boxed=any("boxed" in message.text for message in problem.messages if message.role != "assistant"),
     )
     # The places are split out again, so that a candidate's own ids can stand there.
-    parts = re.split(f"{re.escape(fence)}:(\\d+)", text)
-    content = tuple(part if number % 2 == 0 else tails[int(part)] for number, part in enumerate(parts))
-    prompt = Message("user", content, name=last.name if is_user else None)
+    content: list[str | Tail] = []
+    for place, tail in zip(places, tails, strict=True):
+        before_it, _, text = text.partition(place)
+        content += (before_it, tail)
+    content.append(text)
+    prompt = Message("user", tuple(content), name=last.name if is_user else None)
     return (*before, prompt) if is_user else (*problem.messages, prompt)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncGenerator
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -371,6 +372,22 @@ def test_a_deadline_ends_in_the_best_answer_so_far(templates: Templates) -> None
         cut = [event.rollout.slot.round for event in events if isinstance(event, RolloutAborted)]
         assert cut
         assert set(cut) == {1}
+
+    run_virtual(late())
+
+
+def test_a_deadline_waits_for_no_judge(templates: Templates) -> None:
+    class Slow:
+        def group(self, answers: list[str | None]) -> Future[tuple[int, ...]]:
+            raise AssertionError("asked after the deadline")
+
+    async def late() -> None:
+        params = Params(population=4, rounds=0, final_candidates=4, deadline_s=2, final_tokens=40_000)
+        engine = ScriptedEngine(
+            lambda request: Script("", f"x^{request.slot.index} " * 999), speed=Speed(0.01), chunk_tokens=9
+        )
+        state, _ = await go(init("run", PROBLEM, params, templates), engine, judge=Slow())
+        assert isinstance(state.outcome, RunFinished)
 
     run_virtual(late())
 
