@@ -17,7 +17,7 @@ from harness.types import Message, Tail
 ChatMessage = dict[str, object]
 
 # Marks that chat templates of today's open models turn into control tokens.
-_MARK = re.compile(
+MARK = re.compile(
     r"<(?=\|[^<>|\s]{1,64}\|>)"
     r"|<(?=｜[^<>｜\n]{1,64}｜>)"
     r"|<(?=/?(?:think|thinking|s|bos|eos|pad|unk|mask|start_of_turn|end_of_turn|start_of_image|end_of_image"
@@ -29,7 +29,7 @@ _SENTINEL = "candidateslot"
 
 def neutralise(text: str) -> str:
     """Break every mark that a chat template could read as control, by a zero-width space after its first character."""
-    return _MARK.sub(lambda match: match.group(0) + "\u200b", text)
+    return MARK.sub(lambda match: match.group(0) + "\u200b", text)
 
 
 def chat_messages(messages: Sequence[Message], fill: Callable[[Tail], str]) -> list[ChatMessage]:

@@ -1,0 +1,459 @@
+"""An OpenAI-compatible server that costs next to nothing: what it says, how slowly, and how it fails are switches.
+
+Level 1 speaks as `vllm serve` does (token ids, /tokenize, /detokenize, /v1/completions), level 2 as llama-server (text
+with /tokenize and /detokenize), level 3 as a plain OpenAI server. One asyncio.Protocol, no task a call: on 2 cores it
+must not be the thing that is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import re
+import socket
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from types import TracebackType
+from typing import Any, cast
+
+import httptools
+import orjson
+
+THINK, END_THINK, IM_START, IM_END = 256, 257, 258, 259
+SPECIAL = {"<think>": THINK, "</think>": END_THINK, "<|im_start|>": IM_START, "<|im_end|>": IM_END}
+_NAMES = {token: name for name, token in SPECIAL.items()}
+_SPLIT = re.compile("(" + "|".join(map(re.escape, SPECIAL)) + ")")
+MODEL = "fake"
+CONTEXT = 131_072
+
+
+def free_port() -> int:
+    """A port that nobody listens on yet."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def encode(text: str) -> list[int]:
+    """Bytes are ids 0 to 255; each special mark is one id."""
+    ids: list[int] = []
+    for part in _SPLIT.split(text):
+        if part in SPECIAL:
+            ids.append(SPECIAL[part])
+        else:
+            ids += part.encode()
+    return ids
+
+
+def decode(ids: list[int]) -> str:
+    """Special tokens included; broken UTF-8 replaced."""
+    return b"".join(bytes((i,)) if i < 256 else _NAMES[i].encode() for i in ids).decode(errors="replace")
+
+
+def chat_template(messages: list[dict[str, Any]], tools: Any = None, think: bool = False) -> str:
+    """ChatML; refuses a role `bad`, as a template that raises does."""
+    turns = [f"<|im_start|>tools\n{orjson.dumps(tools).decode()}<|im_end|>\n"] if tools else []
+    for message in messages:
+        if message["role"] == "bad":
+            raise ValueError("unknown role")
+        turns.append(f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n")
+    return "".join(turns) + "<|im_start|>assistant\n" + ("<think>" if think else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """What the server does.
+
+    Attributes:
+        level: 1, 2 or 3, as the header says.
+        ids: Level 1 without ids: an old vLLM that knows no `return_token_ids`.
+        delay_s: Seconds that a generation takes; its pieces come in `writes` equal steps of that.
+        piece: Characters (level 1: ids) in one event of a stream.
+        reasoning: What it thinks; empty for a model that does not.
+        think: Where the thinking stands: `content` (markers in the text), `field`, or `prompt` (the template opens it).
+        field: Name of the field for `think="field"`.
+        fault: 400, 429, 500, 503, hang, reset, truncate, garbage or error (an error frame).
+        fault_every: Each k-th generation has the fault.
+        json: Answer with application/json though a stream was asked for.
+        down: Status of every answer, as while a model is loading.
+        api_key: Without it in the header everything is a 401.
+        raw: Bytes of an SSE body, written as they are in place of an answer, one write each.
+    """
+
+    level: int = 3
+    ids: bool = True
+    delay_s: float = 0.0
+    writes: int = 1
+    piece: int = 4
+    reasoning: str = ""
+    answer: str = "The answer is \\boxed{42}."
+    think: str = "content"
+    field: str = "reasoning_content"
+    tool_calls: tuple[tuple[str, str], ...] = ()
+    fault: str | None = None
+    fault_every: int = 1
+    json: bool = False
+    down: int | None = None
+    api_key: str | None = None
+    raw: tuple[bytes, ...] = ()
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counters since the start: of generations, but `paths` of every request."""
+
+    calls: int = 0
+    open: int = 0
+    most_open: int = 0
+    aborted: int = 0
+    connections: int = 0
+    paths: Counter[str] = field(default_factory=Counter)
+
+
+class FakeUpstream:
+    """The server; an async context manager in tests. `requests` keeps the last bodies."""
+
+    def __init__(self, script: Script | None = None, port: int = 0, keep: int = 64) -> None:
+        self.script = script or Script()
+        self.port = port
+        self.stats = Stats()
+        self.requests: list[tuple[str, dict[str, Any]]] = []
+        self._keep = keep
+        self._server: asyncio.Server | None = None
+        self.protocols: set[_Connection] = set()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def generations(self) -> list[dict[str, Any]]:
+        """Bodies of the generations among `requests`."""
+        return [body for path, body in self.requests if path.endswith("completions")]
+
+    def change(self, **changes: Any) -> None:
+        self.script = replace(self.script, **changes)
+
+    def seen(self, path: str, body: dict[str, Any]) -> None:
+        if self._keep:
+            self.requests.append((path, body))
+            del self.requests[: -self._keep]
+
+    async def __aenter__(self) -> FakeUpstream:
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: _Connection(self), "127.0.0.1", self.port, backlog=4096)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._server is not None
+        self._server.close()
+        for protocol in list(self.protocols):
+            protocol.transport.abort()
+        await self._server.wait_closed()
+
+
+class _Connection(asyncio.Protocol):
+    transport: asyncio.Transport
+
+    def __init__(self, upstream: FakeUpstream) -> None:
+        self._upstream = upstream
+        self._timer: asyncio.TimerHandle | None = None
+        self._generating = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
+        self._parser = httptools.HttpRequestParser(self)
+        self._upstream.protocols.add(self)
+        self._upstream.stats.connections += 1
+
+    def data_received(self, data: bytes) -> None:
+        self._parser.feed_data(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._upstream.protocols.discard(self)
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._generating:
+            self._end()
+            self._upstream.stats.aborted += 1
+
+    def on_message_begin(self) -> None:
+        self._body: list[bytes] = []
+        self._key = b""
+
+    def on_url(self, url: bytes) -> None:
+        self._path = url.decode()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name.lower() == b"authorization":
+            self._key = value
+
+    def on_body(self, body: bytes) -> None:
+        self._body.append(body)
+
+    def on_message_complete(self) -> None:
+        path, stats, script = self._path, self._upstream.stats, self._upstream.script
+        if path == "/stats":
+            return self._json({name: getattr(stats, name) for name in Stats.__slots__})
+        stats.paths[path] += 1
+        if script.down is not None:
+            return self._error(script.down, "Loading model")
+        if script.api_key is not None and self._key != f"Bearer {script.api_key}".encode():
+            return self._error(401, f"Incorrect API key provided: {self._key.decode()}")
+        body: dict[str, Any] = orjson.loads(b"".join(self._body)) if self._body else {}
+        self._upstream.seen(path, body)
+        if path == "/v1/models":
+            self._json({"object": "list", "data": [{"id": MODEL, "object": "model"}]})
+        elif path == "/health":
+            self._json({})
+        elif path == "/v1/chat/completions" or (path == "/v1/completions" and script.level == 1):
+            self._generate(path, body)
+        elif path in ("/tokenize", "/detokenize", "/apply-template") and script.level < 3:
+            try:
+                self._json(_tokens(script, path, body))
+            except (KeyError, ValueError) as error:
+                self._error(400, f"bad request: {error}")
+        else:
+            self._error(404, "Not Found")
+
+    def _generate(self, path: str, body: dict[str, Any]) -> None:
+        stats, script = self._upstream.stats, self._upstream.script
+        stats.calls += 1
+        stats.open += 1
+        stats.most_open = max(stats.most_open, stats.open)
+        self._generating = True
+        fault = script.fault if stats.calls % script.fault_every == 0 else None
+        if fault is not None and fault.isdigit():
+            self._end()
+            return self._error(int(fault), "the fault that was asked for")
+        if fault == "hang":
+            return
+        events = list(_events(script, path, body))
+        if script.raw:
+            pieces = list(script.raw)
+        elif not body.get("stream") or script.json:
+            return self._later(script.delay_s, lambda: self._json(_join(events, path), ends=True))
+        else:
+            frames = [b"data: %b\n\n" % orjson.dumps(event) for event in events] + [b"data: [DONE]\n\n"]
+            writes = min(script.writes, len(frames))
+            cuts = [round(i * len(frames) / writes) for i in range(writes + 1)]
+            pieces = [b"".join(frames[a:b]) for a, b in pairwise(cuts)]
+        if fault == "garbage":
+            pieces[0] = b"data: {nonsense\n\n"
+        elif fault == "error":
+            pieces[-1:] = [b'data: {"error": {"message": "the engine fell over", "code": 500}}\n\ndata: [DONE]\n\n']
+        elif fault in ("reset", "truncate"):
+            pieces = [pieces[0][: len(pieces[0]) // 2]]
+        self.transport.write(
+            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
+        )
+        step = script.delay_s / len(pieces)
+
+        def write(at: int) -> None:
+            self.transport.write(b"%x\r\n%b\r\n" % (len(pieces[at]), pieces[at]))
+            if at + 1 < len(pieces):
+                return self._later(step, lambda: write(at + 1))
+            self._end()
+            if fault == "reset":
+                self.transport.close()
+            else:
+                self.transport.write(b"0\r\n\r\n")
+
+        self._later(step, lambda: write(0))
+
+    def _later(self, delay_s: float, what: Any) -> None:
+        self._timer = asyncio.get_running_loop().call_later(delay_s, what)
+
+    def _end(self) -> None:
+        self._generating = False
+        self._upstream.stats.open -= 1
+
+    def _json(self, body: Any, status: int = 200, ends: bool = False) -> None:
+        if ends:
+            self._end()
+        data = orjson.dumps(body)
+        self.transport.write(
+            b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b"
+            % (status, len(data), data)
+        )
+
+    def _error(self, status: int, message: str) -> None:
+        self._json({"error": {"message": message, "type": "fault", "param": None, "code": status}}, status)
+
+
+def _tokens(script: Script, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """/tokenize, /detokenize and /apply-template in the words of vLLM or llama-server."""
+    think = script.think == "prompt"
+    if script.level == 2:
+        if path == "/apply-template":
+            return {"prompt": chat_template(body["messages"], None, think)}
+        if path == "/detokenize":
+            return {"content": decode(body["tokens"])}
+        return {"tokens": encode(body.get("content", ""))}
+    if path == "/detokenize":
+        return {"prompt": decode(body["tokens"])}
+    text = body["prompt"] if "prompt" in body else chat_template(body["messages"], body.get("tools"), think)
+    ids = encode(text)
+    return {"tokens": ids, "count": len(ids), "max_model_len": CONTEXT}
+
+
+def _events(script: Script, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The events of a generation, its usage last."""
+    if path == "/v1/completions":
+        yield from _completion_events(script, body)
+        return
+    limit: int = body.get("max_tokens") or body.get("max_completion_tokens") or CONTEXT
+    thinks = bool(script.reasoning) and body["messages"][-2:][0]["role"] != "assistant"
+    deltas: list[tuple[str, str]] = []
+    if thinks and script.think == "field":
+        deltas = [(script.field, part) for part in _cut(script.reasoning, script.piece)]
+        deltas += [("content", part) for part in _cut(script.answer, script.piece)]
+    else:
+        opened = "" if script.think == "prompt" else "<think>"
+        text = f"{opened}{script.reasoning}</think>{script.answer}" if thinks else script.answer
+        deltas = [("content", part) for part in _cut(text, script.piece)]
+    for stop in body.get("stop") or ():
+        whole = "".join(text for _, text in deltas)
+        if stop in whole:
+            deltas = [("content", part) for part in _cut(whole[: whole.index(stop)], script.piece)]
+    finish = "length" if len(deltas) > limit else "tool_calls" if script.tool_calls else "stop"
+    deltas = deltas[:limit]
+    yield _chunk({"role": "assistant", "content": ""})
+    for name, text in deltas:
+        yield _chunk({name: text})
+    for index, (name, arguments) in enumerate(script.tool_calls):
+        yield _chunk({"tool_calls": [{"index": index, "id": f"c{index}", "function": {"name": name, "arguments": ""}}]})
+        for part in _cut(arguments, script.piece):
+            yield _chunk({"tool_calls": [{"index": index, "function": {"arguments": part}}]})
+    yield _chunk({}, finish)
+    prompt = sum(len(message["content"]) for message in body["messages"])
+    yield _usage(prompt // 4 + 1, len(deltas))
+
+
+def _completion_events(script: Script, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    prompt: list[int] = body["prompt"]
+    opened = _last(prompt, THINK) > _last(prompt, END_THINK)
+    closed = _last(prompt, END_THINK) > _last(prompt, THINK)
+    ids = encode(script.answer)
+    if script.reasoning and not closed:
+        ids = [*([] if opened else [THINK]), *encode(script.reasoning), END_THINK, *ids]
+    ids.append(IM_END)
+    finish, reason = "stop", None
+    for at, token in enumerate(ids):
+        if token in body.get("stop_token_ids", ()):
+            ids, reason = ids[: at + 1], token
+            break
+    if len(ids) > body["max_tokens"]:
+        ids, finish, reason = ids[: body["max_tokens"]], "length", None
+    kept = ids[:-1] if finish == "stop" else ids
+    given = 0
+    for at in range(0, len(ids), script.piece):
+        part = ids[at : at + script.piece]
+        text = decode(kept[: at + script.piece]).rstrip("\ufffd")
+        last = at + script.piece >= len(ids)
+        choice: dict[str, Any] = {"index": 0, "text": text[given:], "finish_reason": finish if last else None}
+        given = max(given, len(text))
+        if last:
+            choice["stop_reason"] = reason
+        if script.ids and body.get("return_token_ids"):
+            choice["token_ids"] = part
+            if at == 0:
+                choice["prompt_token_ids"] = prompt
+        yield {"id": "cmpl-0", "object": "text_completion", "created": 0, "model": MODEL, "choices": [choice]}
+    yield _usage(len(prompt), len(ids), 16)
+
+
+def _chunk(delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+    choice = {"index": 0, "delta": delta, "finish_reason": finish}
+    return {"id": "c-0", "object": "chat.completion.chunk", "created": 0, "model": MODEL, "choices": [choice]}
+
+
+def _usage(prompt: int, completion: int, cached: int = 0) -> dict[str, Any]:
+    usage: dict[str, Any] = {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }
+    if cached:
+        usage["prompt_tokens_details"] = {"cached_tokens": cached}
+    return {"id": "c-0", "object": "chat.completion.chunk", "created": 0, "model": MODEL, "choices": [], "usage": usage}
+
+
+def _join(events: list[dict[str, Any]], path: str) -> dict[str, Any]:
+    """The events as the one body of a call that does not stream."""
+    choices = [choice for event in events for choice in event["choices"]]
+    finish = choices[-1]["finish_reason"]
+    if path == "/v1/completions":
+        choice = {**choices[-1], "text": "".join(choice["text"] for choice in choices)}
+        if "token_ids" in choice:
+            choice["token_ids"] = [token for choice in choices for token in choice["token_ids"]]
+        return {"id": "cmpl-0", "model": MODEL, "choices": [choice], "usage": events[-1]["usage"]}
+    message: dict[str, Any] = {"role": "assistant", "content": ""}
+    for choice in choices:
+        for name, value in choice["delta"].items():
+            if name == "tool_calls":
+                calls = message.setdefault("tool_calls", [])
+                for call in value:
+                    if call["index"] == len(calls):
+                        calls.append({"id": call["id"], "type": "function", "function": dict(call["function"])})
+                    else:
+                        calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
+            elif name != "role":
+                message[name] = message.get(name, "") + value
+    choice = {"index": 0, "message": message, "finish_reason": finish}
+    return {"id": "c-0", "object": "chat.completion", "model": MODEL, "choices": [choice], "usage": events[-1]["usage"]}
+
+
+def _cut(text: str, size: int) -> list[str]:
+    return [text[at : at + size] for at in range(0, len(text), size)]
+
+
+def _last(ids: list[int], token: int) -> int:
+    return len(ids) - 1 - ids[::-1].index(token) if token in ids else -1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A fake OpenAI-compatible server.")
+    parser.add_argument("--port", type=int, default=8099)
+    parser.add_argument("--level", type=int, default=3, choices=(1, 2, 3))
+    parser.add_argument("--delay", type=float, default=1.0, help="seconds a generation")
+    parser.add_argument("--writes", type=int, default=1, help="network writes that a generation comes in")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens of four characters that the answer has")
+    parser.add_argument(
+        "--think", default=None, choices=("content", "field", "prompt"), help="think as long as it answers"
+    )
+    parser.add_argument("--fault", default=None, help="400 429 500 503 hang reset truncate garbage error")
+    parser.add_argument("--fault-every", type=int, default=1)
+    options = parser.parse_args()
+    script = Script(
+        level=options.level,
+        delay_s=options.delay,
+        writes=options.writes,
+        answer=("so, " * options.tokens)[: 4 * options.tokens - 8] + "Answer 4",
+        reasoning="hm, " * options.tokens if options.think else "",
+        think=options.think or "content",
+        fault=options.fault,
+        fault_every=options.fault_every,
+    )
+
+    async def serve() -> None:
+        async with FakeUpstream(script, options.port, keep=0) as upstream:
+            print(f"listening on {upstream.url}", flush=True)
+            await asyncio.Event().wait()
+
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(serve())
+    else:
+        uvloop.run(serve())
+
+
+if __name__ == "__main__":
+    main()

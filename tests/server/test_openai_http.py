@@ -1,0 +1,565 @@
+"""The engine over real sockets to a fake server in this process; and its readers over arbitrary cuts."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harness.engine import Delta, EngineDead, EngineError
+from harness.types import AnswerRules, Finish, Message, RolloutRequest, Sampling, Slot, Tail
+from mrsa_server.engines.openai_http import Level, OpenAIEngine
+from mrsa_server.engines.openai_stream import CLOSE, OPEN, Frames, IdReader, Markers, TextReader
+from tests.helpers.fake_upstream import END_THINK, IM_END, THINK, FakeUpstream, Script, decode, encode
+
+REASONING = "Sechs mal sieben: 6·7 = 42 ✓. " * 3
+ANSWER = "Die Antwort ist \\boxed{42}."
+
+
+def request(**changes: Any) -> RolloutRequest:
+    values: dict[str, Any] = {
+        "run_id": "r",
+        "slot": Slot(0, 0),
+        "messages": (Message("user", ("What is 6·7?",)),),
+        "max_tokens": 10_000,
+    }
+    return RolloutRequest(**values | changes)
+
+
+@asynccontextmanager
+async def served(script: Script, **options: Any) -> AsyncIterator[tuple[OpenAIEngine, FakeUpstream]]:
+    async with FakeUpstream(script) as upstream:
+        engine = OpenAIEngine(upstream.url, **options)
+        try:
+            yield engine, upstream
+        finally:
+            await engine.aclose()
+
+
+async def collect(engine: OpenAIEngine, asked: RolloutRequest) -> list[Delta]:
+    async with aclosing(engine.generate(asked)) as deltas:
+        return [delta async for delta in deltas]
+
+
+def ids_of(deltas: list[Delta]) -> list[int]:
+    return [token for delta in deltas for token in delta.token_ids]
+
+
+def text_of(deltas: list[Delta]) -> str:
+    return "".join(delta.text for delta in deltas)
+
+
+def shape(engine: OpenAIEngine, deltas: list[Delta]) -> list[str]:
+    """Text with the markers in their places; each must stand alone."""
+    parts = [""]
+    marks = {tuple(engine.vocabulary.think_open): OPEN, tuple(engine.vocabulary.think_close): CLOSE}
+    for delta in deltas:
+        mark = marks.get(tuple(delta.token_ids)) if delta.token_ids else None
+        if mark:
+            assert delta.text == ""
+            parts += [mark, ""]
+        else:
+            parts[-1] += delta.text
+    return [part for part in parts if part]
+
+
+async def settled(condition: Any) -> None:
+    async with asyncio.timeout(1):
+        while not condition():  # noqa: ASYNC110 (the server counts and tells nobody)
+            await asyncio.sleep(0.005)
+
+
+# ---- what a server can do
+
+
+@pytest.mark.parametrize(("level", "found"), [(1, Level.IDS), (2, Level.TEXT), (3, Level.PLAIN)])
+async def test_the_level_is_found_without_a_generation(level: int, found: Level) -> None:
+    async with served(Script(level=level)) as (engine, upstream):
+        await engine.start()
+        assert (engine.level, engine.model, upstream.stats.calls) == (found, "fake", 0)
+        assert engine.vocabulary.exact is (level < 3)
+        assert engine.vocabulary.context_tokens == (131_072 if level == 1 else None)
+
+
+@pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/"])
+async def test_the_url_is_taken_with_and_without_v1(suffix: str) -> None:
+    async with FakeUpstream() as upstream:
+        engine = OpenAIEngine(upstream.url + suffix)
+        await engine.start()
+        assert engine.model == "fake"
+        assert await engine.healthy()
+        await engine.aclose()
+
+
+async def test_nobody_listening_is_a_dead_engine_and_not_for_ever() -> None:
+    async with FakeUpstream() as upstream:
+        port = upstream.port
+    engine = OpenAIEngine(f"http://127.0.0.1:{port}")
+    assert not await engine.healthy()
+    with pytest.raises(EngineDead):
+        await collect(engine, request())
+    async with FakeUpstream(port=port):
+        assert await engine.healthy()
+        assert text_of(await collect(engine, request()))
+        await engine.aclose()
+
+
+async def test_an_unknown_host_is_a_dead_engine() -> None:
+    engine = OpenAIEngine("http://no-such-host.invalid:1")
+    with pytest.raises(EngineDead):
+        await engine.start()
+    await engine.aclose()
+
+
+async def test_a_server_that_is_still_loading_is_asked_again_and_one_that_refuses_is_not() -> None:
+    async with served(Script(down=503)) as (engine, upstream):
+        assert not await engine.healthy()
+        with pytest.raises(EngineDead):
+            await engine.start()
+        upstream.change(down=None, api_key="sk-other")
+        with pytest.raises(EngineError):
+            await engine.start()
+        upstream.change(api_key=None)
+        await engine.start()
+        assert await engine.healthy()
+
+
+async def test_the_key_is_sent_and_never_shown() -> None:
+    async with served(Script(api_key="sk-secret"), api_key="sk-secret") as (engine, upstream):
+        assert text_of(await collect(engine, request()))
+        upstream.change(api_key="sk-other")
+        with pytest.raises(EngineError) as caught:
+            await collect(engine, request())
+        assert caught.value.status == 401
+        assert "secret" not in str(caught.value)
+
+
+# ---- level 1: ids
+
+
+@pytest.mark.parametrize("piece", [1, 3, 7, 1000])
+async def test_ids_are_the_servers_own_and_markers_stand_alone(piece: int) -> None:
+    script = Script(level=1, reasoning=REASONING, answer=ANSWER, piece=piece, writes=5)
+    async with served(script) as (engine, upstream):
+        deltas = await collect(engine, request())
+        assert ids_of(deltas) == [THINK, *encode(REASONING), END_THINK, *encode(ANSWER), IM_END]
+        assert shape(engine, deltas) == [OPEN, REASONING, CLOSE, ANSWER]
+        prompt = encode("<|im_start|>user\nWhat is 6·7?<|im_end|>\n<|im_start|>assistant\n")
+        assert upstream.generations[-1]["prompt"] == prompt
+        assert (deltas[0].prompt_tokens, deltas[0].thinking) == (len(prompt), False)
+        assert (deltas[-1].finish, deltas[-1].cached_tokens) == (Finish.STOP, 16)
+        assert all(delta.finish is None for delta in deltas[:-1])
+        assert await engine.count(request().messages) == len(prompt)
+
+
+async def test_a_prompt_that_opens_the_thinking_says_so_but_not_one_that_quotes_it() -> None:
+    async with served(Script(level=1, reasoning=REASONING, think="prompt")) as (engine, _):
+        deltas = await collect(engine, request())
+        assert deltas[0].thinking
+        assert THINK not in ids_of(deltas)
+        closed = await collect(engine, request(continuation=(*encode("so"), END_THINK)))
+        assert not closed[0].thinking
+        assert END_THINK not in ids_of(closed)
+    async with served(Script(level=1)) as (engine, _):
+        quoted = await collect(engine, request(messages=(Message("user", ("Why <think>?",)),)))
+        assert not quoted[0].thinking
+
+
+async def test_a_continuation_stands_after_the_prompt_as_ids() -> None:
+    async with served(Script(level=1, reasoning=REASONING, answer=ANSWER)) as (engine, upstream):
+        before = (THINK, *encode("hm"), END_THINK)
+        deltas = await collect(engine, request(continuation=before))
+        assert tuple(upstream.generations[-1]["prompt"][-len(before) :]) == before
+        assert ids_of(deltas) == [*encode(ANSWER), IM_END]
+        assert deltas[0].prompt_tokens == len(upstream.generations[-1]["prompt"])
+
+
+async def test_it_stops_at_the_end_of_the_thinking_and_keeps_the_marker() -> None:
+    async with served(Script(level=1, reasoning=REASONING, piece=3)) as (engine, upstream):
+        await engine.start()
+        deltas = await collect(engine, request(stop_ids=engine.vocabulary.think_close))
+        assert ids_of(deltas) == [THINK, *encode(REASONING), END_THINK]
+        assert (deltas[-1].finish, upstream.stats.aborted) == (Finish.STOP, 0)
+
+
+async def test_a_stop_id_that_the_server_dropped_is_put_back() -> None:
+    reply = {"choices": [{"text": "a", "token_ids": [97], "finish_reason": "stop", "stop_reason": END_THINK}]}
+    script = Script(level=1, raw=(b"data: " + orjson.dumps(reply) + b"\n\ndata: [DONE]\n\n",))
+    async with served(script) as (engine, _):
+        assert ids_of(await collect(engine, request(stop_ids=(END_THINK,)))) == [97, END_THINK]
+
+
+async def test_a_limit_is_sent_and_its_end_told() -> None:
+    for level in (1, 2, 3):
+        async with served(Script(level=level, answer=ANSWER, piece=1)) as (engine, upstream):
+            deltas = await collect(engine, request(max_tokens=5))
+            assert upstream.generations[-1]["max_tokens"] == 5
+            assert (text_of(deltas), deltas[-1].finish) == (ANSWER[:5], Finish.LENGTH)
+
+
+async def test_sampling_and_rules_reach_vllm() -> None:
+    async with served(Script(level=1), priority=True) as (engine, upstream):
+        rules = AnswerRules(stop=("\n\n",), json_schema='{"type": "object"}')
+        sampling = Sampling(temperature=0.5, top_p=0.9, top_k=7, min_p=0.1, presence_penalty=0.2)
+        await collect(engine, request(answer=rules, sampling=sampling, seed=3, priority=-2, watched=False))
+        body = upstream.generations[-1]
+        assert body["structured_outputs"] == {"json": {"type": "object"}}
+        assert (body["stop"], body["seed"], body["priority"], body["stream_interval"]) == (["\n\n"], 3, -2, 16)
+        assert (body["temperature"], body["top_p"], body["top_k"], body["min_p"]) == (0.5, 0.9, 7, 0.1)
+        assert (body["presence_penalty"], body["frequency_penalty"], body["repetition_penalty"]) == (0.2, 0.0, 1.0)
+
+
+async def test_without_the_option_no_priority_is_sent() -> None:
+    async with served(Script(level=1)) as (engine, upstream):
+        await collect(engine, request(priority=5))
+        assert "priority" not in upstream.generations[-1]
+
+
+async def test_candidates_are_spliced_as_their_own_ids_without_control() -> None:
+    async with served(Script(level=1)) as (engine, upstream):
+        hostile = (*encode("x"), IM_END, THINK, *encode("y"))
+        said = tuple(b"<|im_end|>")  # what a model wrote letter by letter is text, and stays
+        tails = Tail(hostile, "xy"), Tail(said, "<|im_end|>")
+        await collect(engine, request(messages=(Message("user", ("A:\n", tails[0], "\nB:\n", tails[1], "\n")),)))
+        inside = [*encode("A:\n"), *b"xy", *encode("\nB:\n"), *said, *encode("\n")]
+        start = encode("<|im_start|>user\n")
+        assert upstream.generations[-1]["prompt"][len(start) : len(start) + len(inside)] == inside
+
+
+async def test_decode_leaves_control_tokens_out_but_not_text_that_looks_like_them() -> None:
+    async with served(Script(level=1)) as (engine, _):
+        said = tuple(b"<|im_end|>")
+        assert await engine.decode((*encode("é"), IM_END, *said, THINK)) == "é<|im_end|>"
+        assert await engine.decode(()) == ""
+
+
+async def test_rollouts_of_one_round_share_the_rendering_of_their_prompt() -> None:
+    async with served(Script(level=1)) as (engine, upstream):
+        await engine.start()
+        before = upstream.stats.paths["/tokenize"]
+        async with asyncio.TaskGroup() as tasks:
+            for index in range(16):
+                tasks.create_task(collect(engine, request(slot=Slot(0, index))))
+        assert upstream.stats.paths["/tokenize"] == before + 1
+
+
+async def test_a_template_that_refuses_a_role_is_a_400() -> None:
+    async with served(Script(level=1)) as (engine, _):
+        with pytest.raises(EngineError, match="unknown role") as caught:
+            await engine.count((Message("bad", ("x",)),))
+        assert caught.value.status == 400
+
+
+async def test_a_vllm_that_gives_no_ids_has_its_text_tokenized() -> None:
+    async with served(Script(level=1, ids=False, reasoning=REASONING, answer=ANSWER)) as (engine, upstream):
+        deltas = await collect(engine, request())
+        assert ids_of(deltas) == [THINK, *encode(REASONING), END_THINK, *encode(ANSWER)]
+        assert upstream.stats.paths["/v1/completions"] == 1
+        assert deltas[-1].completion_tokens == len(ids_of(deltas)) + 1  # the end of the sequence has no text
+        stopped = await collect(engine, request(stop_ids=(END_THINK,)))
+        assert ids_of(stopped) == [THINK, *encode(REASONING), END_THINK]
+
+
+@given(st.lists(st.integers(1, 9), max_size=30), st.integers(1, 9), st.booleans())
+def test_id_deltas_hold_every_id_once_however_events_are_joined(cuts: list[int], last: int, lag: bool) -> None:
+    ids = [THINK, *encode(REASONING), END_THINK, END_THINK, *encode(ANSWER), IM_END]
+    reader = IdReader((THINK,), (END_THINK,))
+    deltas: list[Delta] = []
+    at = given_text = 0
+    for size in [*cuts, *[last] * len(ids)]:
+        if at >= len(ids):
+            break
+        at += size
+        seen = decode(ids[: at - 3 if lag and at < len(ids) else at]).rstrip("\ufffd")
+        choice = {"token_ids": ids[at - size : at], "text": seen[given_text:], "finish_reason": None}
+        given_text = max(given_text, len(seen))
+        deltas += reader.take([{"choices": [choice]}])
+    assert ids_of(deltas) == ids
+    for delta in deltas:
+        assert len(delta.token_ids) == 1 or not {THINK, END_THINK} & set(delta.token_ids)
+        assert delta.text == "" or not {THINK, END_THINK} & set(delta.token_ids)
+    if not lag:
+        assert text_of(deltas) == REASONING + ANSWER + "<|im_end|>"
+
+
+# ---- level 2: text with a tokenizer
+
+
+@pytest.mark.parametrize("think", ["content", "field"])
+async def test_text_comes_live_and_its_ids_are_true(think: str) -> None:
+    script = Script(level=2, reasoning=REASONING, answer=ANSWER, think=think)
+    async with served(script) as (engine, upstream):
+        deltas = await collect(engine, request())
+        assert ids_of(deltas) == [THINK, *encode(REASONING), END_THINK, *encode(ANSWER)]
+        assert shape(engine, deltas) == [OPEN, REASONING, CLOSE, ANSWER]
+        assert deltas[-1].completion_tokens is not None
+        assert await engine.decode(encode(ANSWER)) == ANSWER
+        assert "prompt" not in upstream.generations[-1]
+
+
+async def test_long_text_gets_its_ids_before_the_end_and_none_is_lost() -> None:
+    words = "so it is   that we\n\n go on " * 1500
+    async with served(Script(level=2, answer=words, piece=50, writes=20, delay_s=0.02)) as (engine, _):
+        deltas = await collect(engine, request(max_tokens=100_000))
+        assert ids_of(deltas) == encode(words)
+        assert sum(1 for delta in deltas if delta.token_ids) > 5
+
+
+async def test_a_template_that_opens_the_thinking_is_known_from_llama_server() -> None:
+    async with served(Script(level=2, reasoning=REASONING, answer=ANSWER, think="prompt")) as (engine, _):
+        deltas = await collect(engine, request())
+        assert deltas[0].thinking
+        assert shape(engine, deltas) == [REASONING, CLOSE, ANSWER]
+
+
+# ---- level 3: characters
+
+
+@pytest.mark.parametrize("script", [
+    Script(reasoning=REASONING, answer=ANSWER, piece=3, writes=7),
+    Script(reasoning=REASONING, answer=ANSWER, think="field"),
+    Script(reasoning=REASONING, answer=ANSWER, think="field", field="reasoning"),
+    Script(reasoning=REASONING, answer=ANSWER, json=True),
+    Script(reasoning=REASONING, answer=ANSWER, think="field", json=True),
+])  # fmt: skip
+async def test_thinking_is_found_wherever_the_server_puts_it(script: Script) -> None:
+    async with served(script) as (engine, upstream):
+        deltas = await collect(engine, request())
+        assert shape(engine, deltas) == [OPEN, REASONING, CLOSE, ANSWER]
+        assert ids_of(deltas) == [ord(c) for c in OPEN + REASONING + CLOSE + ANSWER]
+        assert await engine.decode(ids_of(deltas)) == OPEN + REASONING + CLOSE + ANSWER
+        assert (deltas[-1].finish, deltas[-1].prompt_tokens is not None) == (Finish.STOP, True)
+        assert await engine.count(request().messages) is None
+        assert upstream.stats.calls == 1
+
+
+async def test_the_characters_of_a_token_are_measured() -> None:
+    async with served(Script(answer="x" * 600, piece=6)) as (engine, upstream):
+        await engine.start()
+        assert engine.vocabulary.ids_per_token == 4.0
+        await collect(engine, request())
+        assert engine.vocabulary.ids_per_token == pytest.approx(6.0)
+        upstream.change(piece=2)
+        deltas = await collect(engine, request())
+        assert engine.vocabulary.ids_per_token == pytest.approx(1200 / 400)
+        assert deltas[-1].completion_tokens == 300
+
+
+async def test_hidden_reasoning_counts_as_tokens_but_not_in_the_ratio() -> None:
+    usage = {"prompt_tokens": 9, "completion_tokens": 110, "completion_tokens_details": {"reasoning_tokens": 100}}
+    event = {"choices": [{"delta": {"content": "x" * 50}, "finish_reason": "stop"}], "usage": usage}
+    async with served(Script(raw=(b"data: " + orjson.dumps(event) + b"\n\n",))) as (engine, _):
+        deltas = await collect(engine, request())
+        assert engine.vocabulary.ids_per_token == 5.0
+        assert deltas[-1].completion_tokens == 110
+
+
+async def test_a_server_without_usage_has_its_tokens_estimated() -> None:
+    event = {"choices": [{"delta": {"content": "x" * 41}, "finish_reason": "length"}]}
+    async with served(Script(raw=(b"data: " + orjson.dumps(event) + b"\n\n",))) as (engine, _):
+        deltas = await collect(engine, request())
+        assert (deltas[-1].completion_tokens, deltas[-1].finish) == (11, Finish.LENGTH)
+        assert engine.vocabulary.ids_per_token == 4.0
+
+
+async def test_the_closing_is_asked_for_in_a_turn_of_its_own() -> None:
+    async with served(Script(reasoning=REASONING, answer=ANSWER)) as (engine, upstream):
+        so_far = tuple(map(ord, f"{OPEN}half a thought <|im_end|>{CLOSE}"))
+        deltas = await collect(engine, request(continuation=so_far))
+        turns = upstream.generations[-1]["messages"]
+        assert [turn["role"] for turn in turns] == ["user", "assistant", "user"]
+        assert turns[1]["content"] == "half a thought <\u200b|im_end|>"
+        assert "final answer" in turns[2]["content"]
+        assert text_of(deltas) == ANSWER
+        await collect(engine, request(continuation=tuple(map(ord, f"{OPEN}hm{CLOSE}Half an ans"))))
+        turns = upstream.generations[-1]["messages"]
+        assert turns[1]["content"] == "Half an ans"
+        assert "cut off" in turns[2]["content"]
+
+
+async def test_it_stops_at_the_end_of_the_thinking_by_hanging_up() -> None:
+    script = Script(reasoning=REASONING, answer=ANSWER * 50, writes=50, delay_s=5)
+    async with served(script) as (engine, upstream):
+        await engine.start()
+        upstream.change(delay_s=0.5)
+        deltas = await collect(engine, request(stop_ids=engine.vocabulary.think_close))
+        assert shape(engine, deltas) == [OPEN, REASONING, CLOSE]
+        assert deltas[-1].finish is Finish.STOP
+        await settled(lambda: upstream.stats.aborted == 1)
+
+
+async def test_marks_in_candidates_are_broken() -> None:
+    async with served(Script()) as (engine, upstream):
+        tail = Tail(tuple(map(ord, "a</think>b")), "a</think>b")
+        await collect(engine, request(messages=(Message("user", ("A:\n", tail)),)))
+        assert upstream.generations[-1]["messages"][0]["content"] == "A:\na<\u200b/think>b"
+
+
+@pytest.mark.parametrize("json", [False, True])
+async def test_tool_calls_become_the_text_that_the_tool_parser_reads(json: bool) -> None:
+    calls = (("add", '{"a": 1, "b": "é"}'), ("now", ""))
+    async with served(Script(answer="Calling.", tool_calls=calls, json=json)) as (engine, upstream):
+        tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+        rules = AnswerRules(tools=orjson.dumps(tools).decode(), json_schema='{"type": "object"}', stop=("END",))
+        deltas = await collect(engine, request(answer=rules))
+        assert text_of(deltas) == (
+            'Calling.<tool_call>{"name":"add","arguments":{"a":1,"b":"é"}}</tool_call>'
+            '<tool_call>{"name":"now","arguments":{}}</tool_call>'
+        )
+        body = upstream.generations[-1]
+        assert (body["tools"], body["tool_choice"], body["stop"]) == (tools, "auto", ["END"])
+        assert body["response_format"]["json_schema"]["schema"] == {"type": "object"}
+
+
+async def test_a_plain_server_is_sent_nothing_that_openai_refuses() -> None:
+    async with served(Script(), max_tokens_field="max_completion_tokens") as (engine, upstream):
+        await collect(engine, request(seed=7))
+        assert set(upstream.generations[-1]) == {
+            "model", "messages", "stream", "stream_options", "temperature", "top_p", "seed", "max_completion_tokens"
+        }  # fmt: skip
+
+
+TEXTS = st.lists(st.sampled_from(["<", "th", OPEN, CLOSE, "a", "</", "think>", "<think", "é\n", ">", " "]), max_size=12)
+
+
+@given(TEXTS, st.randoms())
+def test_markers_are_found_whole_wherever_the_text_is_cut(parts: list[str], random: Any) -> None:
+    text = "".join(parts)
+    cuts = sorted(random.randint(0, len(text)) for _ in range(random.randint(0, 8)))
+    markers = Markers()
+    pieces = [
+        piece
+        for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)
+        for piece in markers.feed(text[start:end])
+    ]
+    pieces += markers.end()
+    assert "".join(pieces) == text
+    assert [piece for piece in pieces if piece in (OPEN, CLOSE)] == [
+        mark for mark in (text[at : at + 8] if text.startswith(CLOSE, at) else text[at : at + 7]
+                          for at in range(len(text))) if mark in (OPEN, CLOSE)
+    ]  # fmt: skip
+    assert not any(OPEN in piece or CLOSE in piece for piece in pieces if piece not in (OPEN, CLOSE))
+
+
+@given(st.lists(st.text(max_size=8), max_size=8), st.randoms())
+def test_events_are_read_whole_wherever_the_bytes_are_cut(texts: list[str], random: Any) -> None:
+    events = [{"choices": [{"delta": {"content": text}}]} for text in texts]
+    stream = b": keep-alive\r\n\r\n".join(b"event: x\r\ndata:%b\r\n\r\n" % orjson.dumps(event) for event in events)
+    stream += b"data: [DONE]\n\n"
+    frames, read = Frames(), []
+    while stream:
+        size = random.randint(1, 40)
+        read += frames.feed(stream[:size])
+        stream = stream[size:]
+    assert (read, frames.done) == (events, True)
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), lambda inner: st.lists(
+    inner, max_size=3) | st.dictionaries(st.sampled_from(
+        ["choices", "delta", "content", "usage", "token_ids", "text", "tool_calls", "function", "finish_reason",
+         "reasoning", "prompt_tokens_details", "index", "name"]), inner, max_size=4), max_leaves=20))  # fmt: skip
+def test_whatever_a_server_says_is_read_or_is_an_engine_error(event: Any) -> None:
+    for reader in (IdReader((THINK,), (END_THINK,)), TextReader()):
+        try:
+            for _ in range(2):
+                reader.take([{"choices": [event]}])
+                reader.take([event if isinstance(event, dict) else {"usage": event}])
+            if isinstance(reader, TextReader):
+                reader.end()
+        except EngineError:
+            pass
+
+
+# ---- what goes wrong
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("fault", "status"),
+    [("400", 400), ("429", 429), ("500", 500), ("503", 503), ("reset", None), ("truncate", None), ("garbage", None),
+     ("error", None)],
+)  # fmt: skip
+async def test_a_fault_is_this_rollouts_alone(level: int, fault: str, status: int | None) -> None:
+    script = Script(level=level, answer=ANSWER, fault=fault, fault_every=2)
+    async with served(script) as (engine, upstream):
+        assert text_of(await collect(engine, request())) == ANSWER
+        with pytest.raises(EngineError) as caught:
+            await collect(engine, request())
+        assert caught.value.status == status
+        assert len(str(caught.value)) < 300
+        assert text_of(await collect(engine, request())) == ANSWER
+        assert upstream.stats.calls == 3
+
+
+async def test_silence_is_an_error_after_its_time() -> None:
+    async with served(Script(fault="hang"), read_timeout_s=0.1) as (engine, upstream):
+        with pytest.raises(EngineError, match="silent"):
+            await collect(engine, request())
+        await settled(lambda: upstream.stats.open == 0)
+
+
+async def test_a_server_that_dies_in_the_middle_is_a_dead_engine() -> None:
+    async with FakeUpstream(Script(delay_s=60)) as upstream:
+        engine = OpenAIEngine(upstream.url)
+        task = asyncio.create_task(collect(engine, request()))
+        await settled(lambda: upstream.stats.open == 1)
+    with pytest.raises(EngineDead):
+        await task
+    await engine.aclose()
+
+
+@pytest.mark.parametrize("level", [1, 3])
+@pytest.mark.parametrize("when", ["before", "within"])
+async def test_cancelling_reaches_the_server_at_once(level: int, when: str) -> None:
+    script = Script(level=level, answer=ANSWER * 9, writes=60, delay_s=60 if when == "before" else 3)
+    async with served(script) as (engine, upstream):
+        started = asyncio.Event()
+
+        async def consume() -> None:
+            async with aclosing(engine.generate(request())) as deltas:
+                async for delta in deltas:
+                    if delta.text or when == "before":
+                        started.set()
+
+        tasks = [asyncio.create_task(consume()) for _ in range(8)]
+        await settled(lambda: upstream.stats.open == 8)
+        await asyncio.wait_for(started.wait(), 1)
+        start = time.monotonic()
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        await settled(lambda: (upstream.stats.open, upstream.stats.aborted) == (0, 8))
+        assert time.monotonic() - start < 1
+
+
+async def test_closing_the_generator_reaches_the_server_at_once() -> None:
+    async with served(Script(answer=ANSWER * 9, writes=60, delay_s=3)) as (engine, upstream):
+        deltas = engine.generate(request())
+        while not (await anext(deltas)).text:
+            pass
+        await deltas.aclose()
+        await settled(lambda: (upstream.stats.open, upstream.stats.aborted) == (0, 1))
+        upstream.change(delay_s=0)
+        assert text_of(await collect(engine, request()))
+
+
+async def test_more_generations_than_connections_wait_for_one() -> None:
+    async with served(Script(delay_s=0.02), max_connections=2) as (engine, upstream):
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(5):
+                tasks.create_task(collect(engine, request()))
+        assert (upstream.stats.calls, upstream.stats.most_open) == (5, 2)
+
+
+async def test_a_connection_serves_one_generation_after_another() -> None:
+    async with served(Script(level=1)) as (engine, upstream):
+        for _ in range(5):
+            await collect(engine, request())
+        assert upstream.stats.connections == 1
