@@ -15,8 +15,7 @@ import orjson
 
 from harness.engine import EngineError
 from harness.types import Tail, TokenIds
-from mrsa_server.engines.prompting import MARK
-from mrsa_server.engines.prompting import ChatMessage, tool_definitions
+from mrsa_server.engines.prompting import MARK, ChatMessage, tool_definitions
 
 Post = Callable[[str, bytes], Awaitable[dict[str, Any]]]
 

@@ -1,6 +1,6 @@
 """Messages with candidates -> what an engine takes: token ids with the candidates' own ids spliced in, or plain text.
 
-A candidate is hostile text: `<|im_end|>` in it must stay five letters and some bars. With ids that holds by construction, since a
+A candidate is hostile text: `<|im_end|>` in it must stay letters and bars. With ids that holds by construction, since a
 candidate never meets the tokenizer again. Without, its special-looking marks are broken with a zero-width space.
 """
 
@@ -19,7 +19,7 @@ ChatMessage = dict[str, object]
 # Marks that chat templates of today's open models turn into control tokens.
 MARK = re.compile(
     r"<(?=\|[^<>|\s]{1,64}\|>)"
-    r"|<(?=｜[^<>｜\n]{1,64}｜>)"
+    r"|<(?=\uff5c[^<>\uff5c\n]{1,64}\uff5c>)"  # DeepSeek's full-width bars
     r"|<(?=/?(?:think|thinking|s|bos|eos|pad|unk|mask|start_of_turn|end_of_turn|start_of_image|end_of_image"
     r"|tool_call|tool_response|tools|zyphra_tool_call|zyphra_tool_response|function|parameter)(?:=[^<>]{0,64})?>)"
     r"|<(?=<?/?SYS>)|\[(?=/?(?:INST|TOOL_CALLS|TOOL_RESULTS|AVAILABLE_TOOLS|SYSTEM_PROMPT)\])"
@@ -59,8 +59,8 @@ def tool_definitions(tools: str | None) -> list[dict[str, object]] | None:
 class PromptIds:
     """Renders prompts to ids through a tokenizer, here or behind a URL, and remembers what many rollouts share.
 
-    All prompts of a round differ in their candidates alone. So a prompt is rendered once with a sentinel where candidates stand,
-    cut at the sentinels' ids, and each rollout splices its candidates' ids into the cuts.
+    All prompts of a round differ in their candidates alone. So a prompt is rendered once with a sentinel where
+    candidates stand, cut at the sentinels' ids, and each rollout splices its candidates' ids into the cuts.
 
     Args:
         encode_chat: `(messages, tools as JSON text) -> ids` of the rendered chat template, generation prompt included.

@@ -1,0 +1,70 @@
+"""Settings -> engine. Each engine is imported here and only when it is asked for: the core installs without vLLM."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from harness.engine import Engine
+from mrsa_server.settings import Settings
+
+
+class ServedEngine(Engine, Protocol):
+    """An engine with a life of its own, as the server needs it."""
+
+    model: str  # the name it is served under; of a remote engine known once it has started
+
+    async def start(self) -> None:
+        """Load, connect; returns when the first `generate` can be answered.
+
+        Raises:
+            EngineDead: It cannot be reached yet; another try may succeed.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Free everything; may be called before `start` has ended."""
+        ...
+
+    async def healthy(self) -> bool:
+        """Whether a `generate` would be answered now. Cheap: it is asked every few seconds."""
+        ...
+
+
+def build(settings: Settings) -> ServedEngine:
+    """The engine that the settings name, not yet started.
+
+    Raises:
+        ImportError: If its extra is not installed.
+    """
+    match settings.engine:
+        case "openai":
+            from mrsa_server.engines.openai_http import OpenAIEngine
+
+            assert settings.engine_url is not None  # Settings sees to it
+            key = settings.engine_api_key
+            return OpenAIEngine(
+                settings.engine_url,
+                settings.model,
+                api_key=key.get_secret_value() if key else None,
+                priority=settings.engine_priority,
+            )
+        case "vllm":
+            from mrsa_server.engines.vllm import VllmEngine
+
+            assert settings.model is not None  # Settings sees to it
+            return VllmEngine(
+                settings.model,
+                served_name=settings.served_model,
+                max_model_len=settings.engine_context_tokens,
+                extra=settings.engine_args,
+            )
+        case "embedded":
+            from mrsa_server.engines.embedded import EmbeddedEngine
+
+            return EmbeddedEngine()
+        case "scripted":
+            from harness.scripted import ScriptedEngine, Speed
+
+            # Slow enough to see it stream, fast enough to wait for it.
+            speed = Speed(step_s=1 / 4000)
+            return ScriptedEngine(speed=speed, chunk_tokens=16, model=settings.model or "scripted")

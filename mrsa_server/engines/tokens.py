@@ -1,0 +1,179 @@
+"""A model's own tokenizer: prompts to ids, ids to text, which ids are control. Nothing here awaits."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+
+from harness.engine import Delta, EngineError, Vocabulary
+from harness.types import Finish, Tail, TokenIds
+from mrsa_server.engines.prompting import ChatMessage, neutralise, tool_definitions
+
+if TYPE_CHECKING:
+    from tokenizers.decoders import DecodeStream
+    from transformers import PreTrainedTokenizerFast
+
+# Ids of the prompt that a decoder sees before the output: some tokenizers write a space only between words.
+_PRIMING = 4
+
+
+class Tokens:
+    """A fast tokenizer of transformers, and the one place that knows which of its ids are control.
+
+    Attributes:
+        vocabulary: Think markers count where each is one id; else the model is taken as one that does not think.
+        markers: The ids of the think markers.
+
+    Raises:
+        ValueError: It is no fast tokenizer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        if not hasattr(tokenizer, "backend_tokenizer"):
+            raise ValueError(
+                f"{type(tokenizer).__name__} is no fast tokenizer; the engine argument tokenizer_mode=hf gives one"
+            )
+        self._tokenizer = tokenizer
+        ids = tokenizer.get_vocab()
+        thinks = "<think>" in ids and "</think>" in ids
+        self.vocabulary = Vocabulary((ids["<think>"],), (ids["</think>"],)) if thinks else Vocabulary()
+        self.markers = frozenset(self.vocabulary.think_open + self.vocabulary.think_close)
+        added: Mapping[int, Any] = tokenizer.added_tokens_decoder
+        special = frozenset(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+        self._bounds = special | self.markers
+        # Not every added token is control: Gemma's hold runs of spaces and newlines, which a candidate needs.
+        self._control = self._bounds | {i for i, token in added.items() if neutralise(token.content) != token.content}
+
+    def encode_chat(self, messages: list[ChatMessage], tools: str | None) -> Sequence[int]:
+        """Ids of the rendered chat template, generation prompt included.
+
+        Raises:
+            EngineError: The template refuses the messages.
+        """
+        try:
+            ids: list[int] = self._tokenizer.apply_chat_template(
+                [_with_arguments(message) for message in messages],
+                tools=tool_definitions(tools),
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+            )
+        except (TemplateError, ValueError, TypeError) as error:
+            raise EngineError(f"the chat template of the model refuses these messages: {error}") from error
+        return ids
+
+    def encode(self, text: str) -> Sequence[int]:
+        """Ids of a text, nothing added; special tokens in it are parsed."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    def plain_ids(self, tail: Tail) -> tuple[int, ...]:
+        """A candidate without control ids."""
+        return tuple(i for i in tail.token_ids if i not in self._control)
+
+    def control_count(self, token_ids: TokenIds) -> int:
+        """How many of some ids are control."""
+        return sum(i in self._control for i in token_ids)
+
+    def decode(self, token_ids: TokenIds) -> str:
+        """Text of some ids, special tokens and think markers left out."""
+        kept = [i for i in token_ids if i not in self.markers]
+        text: str = self._tokenizer.backend_tokenizer.decode(kept, skip_special_tokens=True)
+        return text
+
+    def thinking(self, prompt: TokenIds) -> bool:
+        """Whether a prompt ends inside an open `<think>`; a user's does not count, for a bound of a turn follows it."""
+        last = next((i for i in reversed(prompt) if i in self._bounds), None)
+        return last in self.vocabulary.think_open
+
+    def stream(self, before: TokenIds = ()) -> DecodeStream:
+        """A decoder of ids that follow `before`."""
+        from tokenizers.decoders import DecodeStream
+
+        return DecodeStream(ids=list(before), skip_special_tokens=True)
+
+    def step(self, stream: DecodeStream, token_id: int) -> str:
+        """Text that one more id completes; bytes of an unfinished character wait in the stream."""
+        return stream.step(self._tokenizer.backend_tokenizer, token_id) or ""
+
+
+class Pieces:
+    """Ids of one generation -> deltas: text id by id, think markers alone, what may begin a stop string held back."""
+
+    def __init__(self, tokens: Tokens, prompt: TokenIds, stop: tuple[str, ...]) -> None:
+        self._tokens = tokens
+        self._stream = tokens.stream(prompt[-_PRIMING:])
+        self._hold = max((len(text) - 1 for text in stop), default=0)
+        self._held = ""
+        self._head: Delta | None = Delta(prompt_tokens=len(prompt), thinking=tokens.thinking(prompt))
+
+    def push(
+        self, token_ids: TokenIds, cached_tokens: int | None, finish: Finish | None = None, stop: str | None = None
+    ) -> list[Delta]:
+        """Deltas of some new ids.
+
+        Args:
+            token_ids: The ids.
+            cached_tokens: Of the prompt; read once.
+            finish: Why the generation ends with them, if it does.
+            stop: The stop string that ended it, which is no part of the text.
+        """
+        if finish:
+            self._hold = sys.maxsize
+        deltas = list(self._split(token_ids))
+        if finish:
+            last = deltas.pop() if deltas else Delta()
+            text, self._held = self._held, ""
+            deltas.append(replace(last, text=last.text + (text.partition(stop)[0] if stop else text), finish=finish))
+        if deltas and self._head:
+            head, self._head = self._head, None
+            deltas[0] = replace(
+                deltas[0], prompt_tokens=head.prompt_tokens, cached_tokens=cached_tokens, thinking=head.thinking
+            )
+        return deltas
+
+    def _split(self, token_ids: TokenIds) -> Iterator[Delta]:
+        ids: list[int] = []
+        for token_id in token_ids:
+            if token_id not in self._tokens.markers:
+                ids.append(token_id)
+                self._held += self._step(token_id)
+                continue
+            if ids or self._held:
+                yield Delta(ids, self._release(0))
+            yield Delta((token_id,))
+            ids, self._stream = [], self._tokens.stream()
+        if ids:
+            yield Delta(ids, self._release(self._hold))
+
+    def _step(self, token_id: int) -> str:
+        try:
+            return self._tokens.step(self._stream, token_id)
+        except Exception:  # tokenizers has no type of its own for bytes that are no text (vLLM issue 17448)
+            self._stream = self._tokens.stream()
+            return self._tokens.step(self._stream, token_id)
+
+    def _release(self, hold: int) -> str:
+        cut = max(len(self._held) - hold, 0)
+        text, self._held = self._held[:cut], self._held[cut:]
+        return text
+
+
+def _with_arguments(message: ChatMessage) -> ChatMessage:
+    """Arguments of tool calls as an object, which is what chat templates take."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    return message | {"tool_calls": [call | {"function": _parsed(call["function"])} for call in calls]}
+
+
+def _parsed(function: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return function | {"arguments": json.loads(function["arguments"])}
+    except ValueError:
+        return function

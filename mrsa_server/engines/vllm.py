@@ -1,0 +1,261 @@
+"""vLLM inside this process: token ids in, token ids out, any build of vLLM 0.26 to 0.33.
+
+`vllm` is imported by `start` alone: everything else works without it. What differs between its versions stands in
+`_Vllm`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import warnings
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import structlog
+
+from harness.engine import Delta, EngineDead, EngineError, Vocabulary
+from harness.types import Finish, Message, RolloutRequest, Tail, TokenIds
+from mrsa_server.engines.prompting import ChatMessage, PromptIds
+from mrsa_server.engines.tokens import Pieces, Tokens
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+log = structlog.get_logger("mrsa.engine")
+
+INSTALL = "vLLM is not installed: `pip install 'mrsa-server[vllm]'` on a GPU machine, `make venv-cpu` on one without"
+
+# Tokens of a rollout that nobody watches come this many at a time, where vLLM can: less work for the event loop.
+UNWATCHED_INTERVAL = 16
+
+
+class VllmEngine:
+    """An `Engine` over `AsyncLLM`. Its scheduler is the queue: every request goes in at once, with its priority.
+
+    Args:
+        model: Name or path of the model, as vLLM takes it.
+        served_name: What clients call it; `model` where None.
+        max_model_len: Longest prompt and generation together; the model's own where None.
+        dtype: As vLLM takes it.
+        extra: Further fields of vLLM's `AsyncEngineArgs`; they win over what is set here.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        served_name: str | None = None,
+        max_model_len: int | None = None,
+        dtype: str = "auto",
+        extra: Mapping[str, object] | None = None,
+    ) -> None:
+        self.model = served_name or model
+        self._args: dict[str, object] = {
+            "model": model,
+            "max_model_len": max_model_len,
+            "dtype": dtype,
+            "enable_prefix_caching": True,
+            "scheduling_policy": "priority",
+            "disable_log_stats": True,
+            "use_tqdm_on_load": False,
+            **(extra or {}),
+        }
+        self._vocabulary = Vocabulary()
+        self._vllm: _Vllm
+        self._loading: asyncio.Task[AsyncLLM] | None = None
+        self._llm: AsyncLLM | None = None
+        self._tokens: Tokens
+        self._prompts: PromptIds
+        self._numbers = itertools.count()
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What is known of the tokens; nothing before `start`."""
+        return self._vocabulary
+
+    async def start(self) -> None:
+        """Load the model; other tasks go on meanwhile.
+
+        Raises:
+            ImportError: vLLM is missing.
+            Exception: vLLM's own, where it cannot load the model.
+        """
+        self._vllm = await asyncio.to_thread(_Vllm)
+        self._loading = asyncio.create_task(asyncio.to_thread(self._vllm.load, self._args))
+        llm = await asyncio.shield(self._loading)  # a thread cannot be cancelled: `aclose` waits for it
+        tokens = Tokens(llm.get_tokenizer())
+
+        # Without threads: a prompt is rendered once for all rollouts of a round, with them it would be once for each.
+        async def encode_chat(messages: list[ChatMessage], tools: str | None) -> Sequence[int]:
+            return tokens.encode_chat(messages, tools)
+
+        async def encode(text: str) -> Sequence[int]:
+            return tokens.encode(text)
+
+        async def plain_ids(tail: Tail) -> tuple[int, ...]:
+            return tokens.plain_ids(tail)
+
+        self._prompts = PromptIds(encode_chat, encode, plain_ids)
+        self._vocabulary = replace(tokens.vocabulary, context_tokens=llm.model_config.max_model_len)
+        self._tokens, self._llm = tokens, llm
+
+    async def aclose(self) -> None:
+        """Stop the engine's processes; what is still being generated raises `EngineDead`."""
+        loading, self._loading, self._llm = self._loading, None, None
+        if loading is not None:
+            await asyncio.wait((loading,))
+            if not loading.cancelled() and loading.exception() is None:
+                await asyncio.to_thread(self._vllm.shutdown, loading.result())
+
+    async def healthy(self) -> bool:
+        """Whether requests can be served now."""
+        return self._llm is not None and not self._llm.errored
+
+    async def decode(self, token_ids: TokenIds) -> str:
+        """The text of some ids, special tokens and think markers left out."""
+        self._running()
+        return self._tokens.decode(token_ids)
+
+    async def count(self, messages: tuple[Message, ...]) -> int | None:
+        """Tokens of the rendered prompt."""
+        self._running()
+        return len(await self._prompts.render(messages))
+
+    async def generate(self, request: RolloutRequest) -> AsyncGenerator[Delta, None]:
+        """See `harness.engine.Engine`. Once closed or cancelled, the request has left vLLM's scheduler."""
+        llm, vllm = self._running(), self._vllm
+        prompt = await self._prompts.render(request.messages, request.answer.tools) + request.continuation
+        context = llm.model_config.max_model_len
+        if len(prompt) >= context:
+            raise EngineError(
+                f"a prompt of {len(prompt)} tokens leaves no room in the context of {context} tokens", 400
+            )
+        pieces = Pieces(self._tokens, prompt, request.answer.stop)
+        request_id = f"{request.run_id}-{request.slot.round}.{request.slot.index}-{next(self._numbers)}"
+        done = False
+        try:
+            outputs = llm.generate(
+                {"type": "token", "prompt_token_ids": list(prompt)},
+                vllm.sampling_params(request),
+                request_id,
+                priority=request.priority,
+            )
+            async with aclosing(outputs):
+                async for output in outputs:
+                    done = output.finished
+                    completion = output.outputs[0]
+                    stop = completion.stop_reason if isinstance(completion.stop_reason, str) else None
+                    finish = _finish(completion.finish_reason)
+                    for delta in pieces.push(completion.token_ids, output.num_cached_tokens, finish, stop):
+                        yield delta
+        except vllm.dead as error:
+            raise EngineDead(f"vLLM has died: {error}") from error
+        except vllm.refused as error:
+            raise EngineError(f"vLLM refused the request: {error}", 400) from error
+        finally:
+            if not done:  # vLLM forgets to abort for a task that is cancelled while it hands the request over.
+                await llm.abort(request_id)
+
+    def _running(self) -> AsyncLLM:
+        if self._llm is None or self._llm.errored:
+            raise EngineDead(f"vLLM is not running {self.model}")
+        return self._llm
+
+
+class _Vllm:
+    """The names of vLLM that are used, for any of its versions 0.26 to 0.33.
+
+    Attributes:
+        dead: Errors that mean that the engine is gone. Some are of the family `refused` too, so catch these first.
+        refused: Errors of one request.
+
+    Raises:
+        ImportError: vLLM is missing.
+    """
+
+    def __init__(self) -> None:
+        # vLLM reads these at its import.
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
+        try:
+            import vllm
+        except ImportError as error:
+            raise ImportError(f"{INSTALL} ({error})") from error
+        from vllm import exceptions, sampling_params
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        log.info("vLLM imported", version=vllm.__version__)
+        self._args, self._llm, self._params = AsyncEngineArgs, AsyncLLM, sampling_params
+        self.dead: tuple[type[Exception], ...] = (EngineDeadError,)
+        # In 0.26 a refusal is a ValueError, in 0.32 a VLLMError, which EngineDeadError is there too.
+        family = getattr(exceptions, "VLLMError", ValueError)
+        self.refused: tuple[type[Exception], ...] = (ValueError, EngineGenerateError, family)
+        # In 0.26 the interval is the whole engine's, in 0.32 a request has its own.
+        self._has_interval = "stream_interval" in sampling_params.SamplingParams.__struct_fields__
+
+    def load(self, args: Mapping[str, object]) -> AsyncLLM:
+        """Start the engine's processes and return when the model is loaded."""
+        from vllm.platforms import current_platform
+
+        mended = {"worker_cls": "mrsa_server.engines.vllm_cpu.Worker"} if current_platform.is_cpu() else {}
+        return self._llm.from_engine_args(self._args(**mended | dict(args)))
+
+    def shutdown(self, llm: AsyncLLM) -> None:
+        """Stop the engine's processes."""
+        # The loop that reads from them says in forty lines that they are gone, which is what is wanted.
+        logging.getLogger("vllm.v1.engine.async_llm").setLevel(logging.CRITICAL)
+        llm.shutdown()
+
+    def sampling_params(self, request: RolloutRequest) -> SamplingParams:
+        """The request in vLLM's words. `Pieces` makes the text; vLLM decodes only where it has to find stop strings.
+
+        Raises:
+            EngineError: It cannot be said in them.
+        """
+        if len(request.stop_ids) > 1:
+            raise EngineError(f"stop_ids is a sequence of {len(request.stop_ids)} ids; vLLM stops at single ids only")
+        sampling, answer = request.sampling, request.answer
+        fields: dict[str, object] = {}
+        if answer.json_schema is not None:
+            fields["structured_outputs"] = self._params.StructuredOutputsParams(json=answer.json_schema)
+        if self._has_interval and not request.watched:
+            fields["stream_interval"] = UNWATCHED_INTERVAL
+        return self._params.SamplingParams(
+            max_tokens=request.max_tokens,
+            stop_token_ids=list(request.stop_ids),
+            stop=list(answer.stop),
+            detokenize=bool(answer.stop),
+            seed=request.seed,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            repetition_penalty=sampling.repetition_penalty,
+            output_kind=self._params.RequestOutputKind.DELTA,
+            **fields,
+        )
+
+
+def _finish(reason: str | None) -> Finish | None:
+    match reason:
+        case None:
+            return None
+        case "stop":
+            return Finish.STOP
+        case "length":
+            return Finish.LENGTH
+        case "abort":  # Not by us: who aborts here has stopped reading.
+            raise EngineDead("vLLM is shutting down")
+        case _:
+            raise EngineError(f"vLLM gave the request up: {reason}")
