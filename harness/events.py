@@ -59,12 +59,16 @@ class RolloutFinished:
 
 @dataclass(frozen=True, slots=True)
 class RolloutFailed:
-    """A rollout was lost: the population is smaller by one. Tokens that it had generated are spent."""
+    """A rollout was lost: the population is smaller by one. Tokens that it had generated are spent.
+
+    `status` is the HTTP status of a remote engine, or 400 of one that refused the request for what stands in it.
+    """
 
     slot: Slot
     error: str
     usage: Usage
     seconds: float
+    status: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -235,7 +235,8 @@ class RunEvents(AsyncIterator[Event | RolloutDelta]):
             rollout = await generation.rollout(finish, clock() - start)
             self._inbox.put_nowait(RolloutFinished(rollout, generation.builder.trace()))
         except EngineError as error:
-            self._inbox.put_nowait(RolloutFailed(request.slot, str(error), generation.usage(), clock() - start))
+            seconds = clock() - start
+            self._inbox.put_nowait(RolloutFailed(request.slot, str(error), generation.usage(), seconds, error.status))
         except EngineDead as error:
             self._inbox.put_nowait(error)
         except asyncio.CancelledError:
@@ -303,6 +304,11 @@ class _Generation:
             return Finish.LENGTH
         return await self._ask(replace(request, max_tokens=left, continuation=tuple(self.builder.token_ids)))
 
+    def _to_be_dropped(self, unthought: AnswerRules | None) -> bool:
+        """Whether the text is a free answer where the answer has a form: nobody is shown what will be begun anew."""
+        free = unthought is not None and unthought.json_schema is not None
+        return free and not self.builder.thinking and not self.builder.thought
+
     def _begin_anew(self) -> None:
         self.builder = TraceBuilder(self._engine.vocabulary)
         self._ids = 0
@@ -325,7 +331,7 @@ class _Generation:
                 self._cached_tokens += delta.cached_tokens or 0
                 self._live.tokens = self.generated
                 finish, counted = delta.finish, delta.completion_tokens
-                if request.watched and delta.text:
+                if request.watched and delta.text and not self._to_be_dropped(unthought):
                     self._inbox.put_nowait(RolloutDelta(request.slot, delta.text, not builder.thinking, self.generated))
                 if finish is not None:
                     break

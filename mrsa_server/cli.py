@@ -1,0 +1,55 @@
+"""The command `mrsa`. A subcommand is a line in `_COMMANDS` and a module that adds its flags and runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+from mrsa_server import __version__
+
+
+class _Command(NamedTuple):
+    """A subcommand; its module has `add_arguments(parser)` and `run(arguments) -> exit status`."""
+
+    name: str
+    summary: str
+    module: str
+
+
+_COMMANDS = (
+    _Command("serve", "serve the OpenAI API over an engine", "mrsa_server.serve"),
+    _Command("ask", "ask a question, watch the rounds, get the answer", "mrsa_server.ask"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; its exit status."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(
+        prog="mrsa",
+        description="Markovian RSA, the test-time-compute method of ZAYA1-8B, behind the OpenAI API.",
+        epilog="`mrsa COMMAND --help` says more.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    asked = next((word for word in words if not word.startswith("-")), None)
+    for command in _COMMANDS:
+        below = commands.add_parser(
+            command.name, help=command.summary, description=command.summary[0].upper() + command.summary[1:] + "."
+        )
+        if command.name == asked:  # the others' modules stay unread: some are slow to import
+            module = import_module(command.module)
+            module.add_arguments(below)
+            below.set_defaults(run=module.run)
+    commands.add_parser("version", help="print the version").set_defaults(run=_version)
+    arguments = parser.parse_args(words)
+    status: int = arguments.run(arguments)
+    return status
+
+
+def _version(_: argparse.Namespace) -> int:
+    print(__version__)
+    return 0

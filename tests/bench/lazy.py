@@ -2,8 +2,8 @@
 
 The engine is the scripted one on a virtual clock, prefill left out. A decode step takes 2.2 ms and 0.15 ms for each
 stream: a mixture of experts of ZAYA1's shape on one H200 reads 1.5 GB a step for one stream and some 11 GB for 16, at
-4.8 TB/s, beside a fixed 2 ms. Lengths are lognormal (sigma 0.7, median 19,000 tokens), cut at the rollout's budget: so a
-barrier run of the headline setting generates about what the authors report (740,000 tokens).
+4.8 TB/s, beside a fixed 2 ms. Lengths are lognormal (sigma 0.7, median 19,000 tokens), cut at the rollout's budget:
+so a barrier run of the headline setting generates about what the authors report (740,000 tokens).
 """
 
 from __future__ import annotations

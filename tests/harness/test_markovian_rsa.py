@@ -468,6 +468,27 @@ def test_rules_of_the_answer_do_not_touch_the_thinking(templates: Templates) -> 
     assert rollout.usage.reasoning_tokens > len("the END is not yet")
 
 
+def test_a_free_answer_that_is_begun_anew_is_shown_to_nobody(templates: Templates) -> None:
+    class Direct(ScriptedEngine):
+        """A model that may think, and answers at once."""
+
+        async def generate(self, request: RolloutRequest) -> AsyncGenerator[Delta, None]:
+            text = '{"a": 1}' if request.answer.json_schema else "Well, it is 42."
+            yield Delta(tuple(text.encode()), text, prompt_tokens=1)
+            yield Delta(finish=Finish.STOP)
+
+    async def watch() -> None:
+        problem = Problem(PROBLEM.messages, AnswerRules(json_schema="{}"))
+        params = Params(population=1, rounds=0, final_tokens=100)
+        async with open_run(init("run", problem, params, templates), Direct()) as events:
+            shown = "".join([event.text async for event in events if isinstance(event, RolloutDelta)])
+            rollout = events.state.rollouts[Slot(0, 0)]
+        assert shown == rollout.answer == '{"a": 1}'
+        assert rollout.usage.completion_tokens == len("Well, it is 42.") + len('{"a": 1}')
+
+    run_virtual(watch())
+
+
 def test_a_rollout_before_the_last_stage_stops_where_nothing_reads_on(templates: Templates) -> None:
     engine = ScriptedEngine(lambda _: Script("because", "a long answer " * 20))
     state = run(SMALL, engine, templates)

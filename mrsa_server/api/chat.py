@@ -1,0 +1,197 @@
+"""`POST /v1/chat/completions`, streamed and not."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from math import ceil
+
+import orjson
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from harness.engine import EngineError, Vocabulary
+from harness.markovian_rsa import init
+from harness.prompts import Templates
+from harness.run import Watch
+from harness.types import InvalidParams, Problem
+from mrsa_server.api.chunks import ChatChunks
+from mrsa_server.api.completion import Reply, completion
+from mrsa_server.api.effort import Wishes, check_limits, decide_params
+from mrsa_server.api.errors import ApiError, BadRequest, EngineFailed, of_params
+from mrsa_server.api.models import ModelNames
+from mrsa_server.api.sse import KEEP_ALIVE, ClientGone, EventStream, until_gone
+from mrsa_server.api.wire import Chat, parse_chat, to_problem, to_wishes
+from mrsa_server.engines.build import ServedEngine
+from mrsa_server.runs.runner import Prepared, Run, Runner, Subscription
+from mrsa_server.settings import Settings
+
+router = APIRouter()
+
+# A stream says that it lives before the second in which its first bytes have to leave.
+_FIRST_BYTES_S = 0.5
+# Where an engine cannot count a prompt before it generates: few texts need more tokens than one for three characters.
+_CHARACTERS_PER_TOKEN = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class ChatService:
+    """What the route needs of the server."""
+
+    settings: Settings
+    runner: Runner
+    models: ModelNames
+    templates: Templates
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(request: Request) -> Response:
+    """Answer a conversation; `mrsa` in the body, or the model's name, says with how much work."""
+    service: ChatService = request.app.state.chat
+    settings = service.settings
+    try:
+        raw = await read_body(request, settings.max_body_bytes, settings.body_timeout_s)
+        chat = parse_chat(raw, settings.inline_images)
+        wishes = to_wishes(chat, service.models.runs_method(chat.model), settings.default_effort)
+        check_limits(wishes, settings)
+        name = uuid.uuid4().hex
+        reply = Reply(chat, f"chatcmpl-{name}", int(time.time()), effort=wishes.effort)
+
+        async def prepare(engine: ServedEngine) -> Prepared:
+            return await _prepare(service, reply, wishes, f"run_{name}", engine)
+
+        run = service.runner.submit(f"run_{name}", prepare)
+        if chat.body.stream:
+            subscription = run.subscribe()  # before the run's first step, so that nothing of it is missed
+            return EventStream(lambda: _frames(run, subscription, reply, settings.keep_alive_s))
+        async with until_gone(request.receive):
+            state = await run.finished()
+            body = await completion(run, state, reply, service.runner.host.engine)
+        return Response(orjson.dumps(body), media_type="application/json")
+    except InvalidParams as error:
+        raise of_params(error) from None
+    except ClientGone:
+        return Response(status_code=499)  # nobody reads it
+
+
+async def _prepare(service: ChatService, reply: Reply, wishes: Wishes, run_id: str, engine: ServedEngine) -> Prepared:
+    """Check the request against the engine, and make the run.
+
+    Raises:
+        ApiError: It cannot be honoured by this engine.
+        EngineDead: As the engine's `count`.
+    """
+    chat = reply.chat
+    service.models.runs_method(chat.model)  # a name that was not known before is now
+    problem = to_problem(chat, wishes)
+    try:
+        question_tokens = await _count(engine, problem)
+        decided = decide_params(
+            wishes, service.settings, chat.sampling, chat.seed, engine.vocabulary.context_tokens, question_tokens
+        )
+        priority = service.runner.next_priority()
+        state = init(run_id, problem, decided.params, service.templates, priority)
+    except InvalidParams as error:
+        raise of_params(error) from None
+    except EngineError as error:
+        if error.status is not None and error.status >= 500:
+            raise EngineFailed(str(error)) from None
+        raise BadRequest(f"messages: the model's chat template refuses them: {error}", "messages") from None
+    reply.divisor, reply.warnings = decided.divisor, decided.warnings
+    reply.exact, reply.thinks = engine.vocabulary.exact, bool(engine.vocabulary.think_close)
+    return Prepared(state, _watch(chat, decided.params.final_candidates))
+
+
+def _watch(chat: Chat, final_candidates: int) -> Watch:
+    """Which rollouts are shown while they are written."""
+    if not chat.body.stream:
+        return Watch.NONE
+    mrsa = chat.body.mrsa
+    if mrsa is not None and not isinstance(mrsa, bool) and mrsa.stream == "rollouts":
+        return Watch.ALL
+    return Watch.FINAL if final_candidates == 1 else Watch.NONE
+
+
+async def _count(engine: ServedEngine, problem: Problem) -> int:
+    """Tokens of the conversation, tools included."""
+    counted = await engine.count(problem.messages)
+    tools = len(problem.answer.tools or "")
+    if counted is not None:
+        return counted + ceil(tools / _CHARACTERS_PER_TOKEN)
+    characters = sum(len(message.text) for message in problem.messages) + tools
+    return ceil(characters / _ratio(engine.vocabulary))
+
+
+def _ratio(vocabulary: Vocabulary) -> float:
+    return _CHARACTERS_PER_TOKEN if vocabulary.exact else vocabulary.ids_per_token
+
+
+async def _frames(
+    run: Run, subscription: Subscription, reply: Reply, keep_alive_s: float
+) -> AsyncGenerator[bytes, None]:
+    """The stream of a run; closing it cancels the run."""
+    chunks = ChatChunks(run, reply)
+    silence_s = min(_FIRST_BYTES_S, keep_alive_s)
+    try:
+        while True:
+            try:
+                items = await subscription.next(silence_s)
+            except TimeoutError:
+                yield KEEP_ALIVE
+            else:
+                if not items:
+                    break
+                if part := b"".join(part for item in items for part in chunks.take(item)):
+                    yield part
+            silence_s = keep_alive_s
+        assert run.state is not None  # it has ended without an error
+        yield b"".join(chunks.finish(run.state))
+    finally:
+        run.leave(subscription)
+
+
+async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes:
+    """The body, bounded in size and in time.
+
+    Raises:
+        ApiError: It is no JSON by its headers, too large, or too slow.
+        ClientGone: The client left before its end.
+    """
+    kind, _, options = request.headers.get("content-type", "").lower().partition(";")
+    if kind.strip() != "application/json":
+        raise BadRequest("The content-type must be application/json.", code="invalid_content_type")
+    charset = options.strip().removeprefix("charset=").strip('"')
+    if charset not in ("", "utf-8", "utf8"):
+        raise BadRequest("The charset must be utf-8.", code="invalid_content_type")
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise BadRequest("The body must not be compressed.", code="invalid_content_encoding")
+    # A length that is no number never gets here: the HTTP parser refuses it.
+    if int(request.headers.get("content-length", "0")) > max_bytes:
+        raise _too_large(max_bytes)
+    body = bytearray()
+    try:
+        async with asyncio.timeout(timeout_s):
+            while True:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                body += message.get("body", b"")
+                if len(body) > max_bytes:
+                    raise _too_large(max_bytes)
+                if not message.get("more_body", False):
+                    return bytes(body)
+    except TimeoutError:
+        raise ApiError(
+            408,
+            "request_timeout",
+            f"The body did not arrive within {timeout_s:g} s.",
+            headers=(("connection", "close"),),
+        ) from None
+
+
+def _too_large(max_bytes: int) -> ApiError:
+    # The connection stays: closing it on a client that still writes would reset it before it has read the error.
+    return ApiError(413, "request_too_large", f"The body must be at most {max_bytes} bytes.")

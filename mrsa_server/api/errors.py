@@ -1,0 +1,132 @@
+"""Every error that a client can see, in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`.
+
+ApiError
+    BadRequest         400  the request cannot be honoured as it stands; names the field and the limit
+    UnknownModel       404  no such model is served here
+    Overloaded         503  too many runs at once; a retry may succeed
+    ShuttingDown       503  this server is about to leave; another one may answer
+    EngineUnavailable  503  the engine is starting or gone; a retry may succeed
+    EngineRefused      400  the engine refused every rollout for what stands in the request (a grammar, its length)
+    EngineFailed       502  the run has no answer; a retry costs a second run, so the SDKs are told not to
+    DeadlinePassed     504  the run's own deadline came before any answer; likewise
+"""
+
+from __future__ import annotations
+
+import orjson
+from starlette.responses import Response
+
+from harness.types import InvalidParams
+
+# Fields of `Params` that a client knows under another name than `mrsa.<field>`.
+_TOP_LEVEL = frozenset(
+    {
+        "max_completion_tokens",
+        "messages",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+    }
+)
+_NO_RETRY = (("x-should-retry", "false"),)
+
+
+class ApiError(Exception):
+    """An error with its place in HTTP; `param` is the field of the request that is to blame, if one is."""
+
+    def __init__(
+        self,
+        status: int,
+        code: str | None,
+        message: str,
+        param: str | None = None,
+        headers: tuple[tuple[str, str], ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.param = param
+        self.headers = headers
+
+    def body(self) -> dict[str, object]:
+        """What the client reads, in a response and in a stream alike."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+class BadRequest(ApiError):
+    """The request cannot be honoured as it stands."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = "invalid_value") -> None:
+        super().__init__(400, code, message, param)
+
+
+class UnknownModel(ApiError):
+    """No such model is served here."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(404, "model_not_found", f"The model {model!r} is not served here.", "model")
+
+
+class Overloaded(ApiError):
+    """Too many runs at once."""
+
+    def __init__(self, running: int, queued: int, retry_after_s: int) -> None:
+        message = f"{running} runs are in flight and {queued} wait: try again in {retry_after_s} s."
+        super().__init__(503, "server_overloaded", message, headers=(("retry-after", str(retry_after_s)),))
+
+
+class ShuttingDown(ApiError):
+    """This server is about to leave."""
+
+    def __init__(self) -> None:
+        message = "This server is shutting down: ask again."
+        super().__init__(503, "server_shutting_down", message, headers=(("retry-after", "1"),))
+
+
+class EngineUnavailable(ApiError):
+    """The engine is starting or gone, and did not come within the time that a request may wait for it."""
+
+    def __init__(self, reason: str, retry_after_s: int) -> None:
+        message = f"The engine is not available: {reason}"
+        super().__init__(503, "engine_unavailable", message, headers=(("retry-after", str(retry_after_s)),))
+
+
+class EngineRefused(ApiError):
+    """The engine refused every rollout for what stands in the request."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(400, "engine_refused", f"The engine refuses this request: {reason}")
+
+
+class EngineFailed(ApiError):
+    """The run has no answer and never will."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(502, "engine_error", f"The run has no answer: {reason}", headers=_NO_RETRY)
+
+
+class DeadlinePassed(ApiError):
+    """The run's own deadline came before any answer."""
+
+    def __init__(self, deadline_s: float) -> None:
+        message = f"No answer within mrsa.deadline_s={deadline_s:g}."
+        super().__init__(504, "deadline_exceeded", message, "mrsa.deadline_s", _NO_RETRY)
+
+
+def of_params(error: InvalidParams) -> BadRequest:
+    """A parameter that the method refuses, under the name that the client gave it."""
+    param = error.field if error.field in _TOP_LEVEL else f"mrsa.{error.field}"
+    return BadRequest(f"{param}: {str(error).partition(': ')[2]}", param)
+
+
+def to_response(error: ApiError) -> Response:
+    """The error as a whole response."""
+    return Response(
+        orjson.dumps(error.body()), error.status, headers=dict(error.headers), media_type="application/json"
+    )

@@ -1,0 +1,39 @@
+"""`/health/*` and `/metrics`: for probes and Prometheus."""
+
+from __future__ import annotations
+
+import orjson
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from mrsa_server.api.errors import ApiError
+from mrsa_server.metrics import Metrics
+from mrsa_server.runs.runner import Runner
+
+router = APIRouter()
+
+
+@router.get("/health/live")
+async def live() -> Response:
+    """The event loop turns: that is all that a restart could mend."""
+    return Response(orjson.dumps({"status": "ok"}), media_type="application/json")
+
+
+@router.get("/health/ready")
+async def ready(request: Request) -> Response:
+    """Requests would be answered: the engine is up and the server stays. A full queue is no reason against it."""
+    runner: Runner = request.app.state.runner
+    if runner.draining:
+        raise ApiError(503, "not_ready", "The server is shutting down.")
+    if not await runner.host.check():
+        raise ApiError(503, "not_ready", f"The engine is not up ({runner.host.health}): {runner.host.reason}")
+    return Response(orjson.dumps({"status": "ok"}), media_type="application/json")
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Prometheus' text format."""
+    runner: Runner = request.app.state.runner
+    found: Metrics = request.app.state.metrics
+    found.engine_up.set(runner.host.up)
+    return Response(found.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

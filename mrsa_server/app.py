@@ -1,0 +1,137 @@
+"""Settings -> application. The lifespan is the only place that builds and closes things."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import structlog
+from fastapi import FastAPI, Request
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from harness.prompts import load_templates
+from mrsa_server import __version__
+from mrsa_server.api import chat, health, models
+from mrsa_server.api.errors import ApiError, to_response
+from mrsa_server.engines.build import ServedEngine, build
+from mrsa_server.metrics import Metrics
+from mrsa_server.runs.host import EngineHost
+from mrsa_server.runs.runner import Runner
+from mrsa_server.settings import Settings
+
+log = structlog.get_logger("mrsa.http")
+
+
+def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAPI:
+    """The application; nothing is built before its lifespan begins.
+
+    Args:
+        settings: All of them.
+        engine: Served in place of the one that the settings name; it is started and closed here all the same.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        metrics = Metrics()
+        host = EngineHost(engine or build(settings))
+        runner = Runner(
+            host,
+            metrics,
+            max_runs=settings.max_runs,
+            max_queued=settings.max_queued,
+            engine_wait_s=settings.engine_wait_s,
+        )
+        names = models.ModelNames(host, settings.served_model, int(time.time()))
+        app.state.metrics, app.state.runner, app.state.models = metrics, runner, names
+        app.state.chat = chat.ChatService(settings, runner, names, load_templates())
+        life = asyncio.create_task(host.run(), name="engine")
+        try:
+            yield
+        finally:
+            await runner.aclose()
+            life.cancel()
+            await asyncio.wait((life,))
+
+    app = FastAPI(
+        title="mrsa-server",
+        version=__version__,
+        lifespan=lifespan,
+        # The interactive pages load their scripts from elsewhere, and the route parses its body itself.
+        openapi_url=None,
+    )
+    app.include_router(chat.router)
+    app.include_router(models.router)
+    app.include_router(health.router)
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_middleware(RequestScope)
+    return app
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)  # registered for it alone
+    return to_response(error)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """What the router itself refuses: unknown paths and methods."""
+    assert isinstance(error, HTTPException)  # registered for it alone
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return to_response(ApiError(error.status_code, code, message, headers=tuple((error.headers or {}).items())))
+
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
+_QUIET = frozenset({"/health/live", "/health/ready", "/metrics"})
+
+
+class RequestScope:
+    """Outermost: gives each request its id, logs it, and turns what breaks into a 500 that tells nothing.
+
+    Not Starlette's own middleware class, which copies every body through a stream.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+        start = time.perf_counter()
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception:
+            log.exception("request broke", request_id=request_id, path=scope["path"])
+            if status:
+                raise  # the connection has to be cut: half an answer must not look like a whole one
+            broken = ApiError(500, "internal_error", "The server failed.")
+            await to_response(broken)(scope, receive, send_with_id)
+        if scope["path"] not in _QUIET:
+            log.info(
+                "request",
+                request_id=request_id,
+                method=scope["method"],
+                path=scope["path"],
+                status=status,
+                seconds=round(time.perf_counter() - start, 3),
+            )

@@ -1,0 +1,77 @@
+"""The server's metrics, in a registry of their own. No label is ever taken from what a user wrote."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+
+from harness.types import Usage
+
+# A plain answer takes a second, a run at the highest effort an hour.
+_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 3600)
+
+RunStatus = Literal["finished", "stopped", "failed", "cancelled", "refused"]
+Rejection = Literal["overloaded", "shutting_down"]
+
+
+class Metrics:
+    """What a server counts; one instance a server."""
+
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        self.queued = Gauge("mrsa_runs_queued", "Runs that wait for a place", registry=registry)
+        self.running = Gauge("mrsa_runs_running", "Runs in flight", registry=registry)
+        self.engine_up = Gauge("mrsa_engine_up", "Whether the engine answers", registry=registry)
+        self._runs = Counter("mrsa_runs", "Runs that have ended", ["status"], registry=registry)
+        self.run_seconds = Histogram(
+            "mrsa_run_duration_seconds", "From admission to the end", buckets=_SECONDS, registry=registry
+        )
+        self.round_seconds = Histogram(
+            "mrsa_round_duration_seconds",
+            "From a round's first start to its last end",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._rollouts = Counter("mrsa_rollouts", "Rollouts that have ended", ["outcome"], registry=registry)
+        self.skipped = Counter(
+            "mrsa_rollouts_skipped",
+            "Rollouts of the barrier loop that were never started",
+            ["reason"],
+            registry=registry,
+        )
+        self._tokens = Counter("mrsa_tokens", "Tokens read and generated", ["kind"], registry=registry)
+        self.agreement = Histogram(
+            "mrsa_answer_agreement",
+            "Share of the candidates that agree with the chosen one, of runs with several",
+            buckets=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+            registry=registry,
+        )
+        self._rejections = Counter(
+            "mrsa_admission_rejections", "Runs that were not let in", ["reason"], registry=registry
+        )
+
+    def count_run(self, status: RunStatus) -> None:
+        """A run has ended."""
+        self._runs.labels(status).inc()
+
+    def count_rollout(self, outcome: str, usage: Usage) -> None:
+        """A rollout has ended; `outcome` is a `Finish` or `failed`."""
+        self._rollouts.labels(outcome).inc()
+        for kind, tokens in (
+            ("prompt", usage.prompt_tokens),
+            ("cached", usage.cached_tokens),
+            ("reasoning", usage.reasoning_tokens),
+            ("answer", usage.completion_tokens - usage.reasoning_tokens),
+        ):
+            if tokens:
+                self._tokens.labels(kind).inc(tokens)
+
+    def count_rejection(self, reason: Rejection) -> None:
+        """A run was not let in."""
+        self._rejections.labels(reason).inc()
+
+    def text(self) -> bytes:
+        """All of it in Prometheus' text format."""
+        return generate_latest(self.registry)

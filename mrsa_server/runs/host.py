@@ -1,0 +1,123 @@
+"""Keeps the engine: starts it in the background, knows whether it is up, and waits for it where it is not."""
+
+from __future__ import annotations
+
+import asyncio
+from enum import StrEnum
+
+import structlog
+
+from harness.engine import EngineDead
+from mrsa_server.api.errors import EngineUnavailable
+from mrsa_server.engines.build import ServedEngine
+
+_POLL_S = 0.25
+_SLOWEST_POLL_S = 2.0
+_RETRY_AFTER_S = 10
+
+log = structlog.get_logger("mrsa.engine")
+
+
+class Health(StrEnum):
+    """What the engine is doing."""
+
+    STARTING = "starting"
+    UP = "up"
+    LOST = "lost"  # it was up; asked again and again until it answers
+    FAILED = "failed"  # it cannot start; another try would end the same
+
+
+class EngineHost:
+    """One engine and its health. `run` is its life; whoever calls it owns it."""
+
+    def __init__(self, engine: ServedEngine) -> None:
+        self.engine = engine
+        self.health = Health.STARTING
+        self.reason = "it is starting"
+        self._up = asyncio.Event()
+        self._lost = asyncio.Event()
+
+    async def run(self) -> None:
+        """Start the engine and watch over it until cancelled, then close it; returns early where it cannot start."""
+        try:
+            await self._start()
+            while self.health is not Health.FAILED:
+                self._lost.clear()
+                await self._lost.wait()
+                await self._recover()
+        finally:
+            self._up.clear()
+            await self.engine.aclose()
+
+    async def _start(self) -> None:
+        pause = _POLL_S
+        while True:
+            try:
+                await self.engine.start()
+            except EngineDead as error:  # not there yet: a remote engine may still be loading
+                self.reason = str(error)
+                log.warning("engine not there yet", reason=self.reason, retry_s=pause)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _SLOWEST_POLL_S)
+            except Exception as error:
+                self.health, self.reason = Health.FAILED, f"{type(error).__name__}: {error}"
+                self._up.set()  # nobody waits for what never comes
+                log.exception("engine cannot start")
+                return
+            else:
+                self._rise()
+                return
+
+    async def _recover(self) -> None:
+        pause = _POLL_S
+        while not await self._answers():
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _SLOWEST_POLL_S)
+        self._rise()
+
+    async def _answers(self) -> bool:
+        try:
+            return await self.engine.healthy()
+        except Exception as error:
+            self.reason = f"{type(error).__name__}: {error}"
+            return False
+
+    def _rise(self) -> None:
+        self.health, self.reason = Health.UP, ""
+        self._up.set()
+        log.info("engine up", model=self.engine.model)
+
+    def lost(self, reason: str) -> None:
+        """Say that a generation met a dead engine."""
+        if self.health is Health.UP:
+            log.warning("engine lost", reason=reason)
+            self.health, self.reason = Health.LOST, reason
+            self._up.clear()
+            self._lost.set()
+
+    @property
+    def up(self) -> bool:
+        """Whether it is up, as far as anyone has noticed."""
+        return self.health is Health.UP
+
+    async def wait_up(self, timeout_s: float) -> None:
+        """Return when the engine is up.
+
+        Raises:
+            EngineUnavailable: It is not up after `timeout_s`, or never will be.
+        """
+        if self.up:
+            return
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._up.wait()
+        except TimeoutError:
+            raise EngineUnavailable(self.reason, _RETRY_AFTER_S) from None
+        if not self.up:
+            raise EngineUnavailable(self.reason, _RETRY_AFTER_S)
+
+    async def check(self) -> bool:
+        """Whether the engine is up, asking it."""
+        if self.up and not await self._answers():
+            self.lost("it does not answer")
+        return self.up

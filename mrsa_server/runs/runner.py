@@ -1,0 +1,493 @@
+"""Owns the task of every run. A run goes on by itself; who reads it subscribes, and never slows it.
+
+Each run has one writer, its own task. A run whose last reader has left is cancelled, and nothing of it is kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+
+import structlog
+
+from harness.engine import EngineDead
+from harness.events import (
+    Event,
+    RolloutAborted,
+    RolloutDelta,
+    RolloutFailed,
+    RolloutFinished,
+    RolloutStarted,
+    RunFailed,
+    RunFinished,
+    RunResumed,
+    Stopped,
+)
+from harness.markovian_rsa import RoundStats, State
+from harness.run import RunEvents, Watch, open_run
+from harness.selection import MathJudge
+from harness.types import Slot, Trace
+from mrsa_server.api.errors import (
+    ApiError,
+    DeadlinePassed,
+    EngineFailed,
+    EngineRefused,
+    EngineUnavailable,
+    Overloaded,
+    ShuttingDown,
+)
+from mrsa_server.engines.build import ServedEngine
+from mrsa_server.metrics import Metrics, RunStatus
+from mrsa_server.runs.host import EngineHost
+
+_RETRY_AFTER_S = 5
+# An engine that dies again before any rollout has ended is not worth a sixth try.
+_MOST_DEATHS = 5
+_FIRST_PAUSE_S = 0.05
+# What a server answers to a request that would be refused the next time too.
+_REFUSALS = frozenset({400, 413, 422})
+
+log = structlog.get_logger("mrsa.run")
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The request was found good and the run exists; what follows is the run itself.
+
+    `watch` says which of its rollouts somebody follows delta by delta.
+    """
+
+    state: State
+    watch: Watch
+
+
+@dataclass(frozen=True, slots=True)
+class RoundStarted:
+    """The first rollout of a round was asked for; `rollouts` of the round are read by something."""
+
+    round: int
+    rollouts: int
+
+
+@dataclass(frozen=True, slots=True)
+class RoundFinished:
+    """Every rollout of a round that something reads has ended. Later losses may make it run more of them."""
+
+    round: int
+    stats: RoundStats
+    seconds: float
+
+
+Item = Prepared | RoundStarted | RoundFinished | Event | RolloutDelta
+Prepare = Callable[[ServedEngine], Awaitable[Prepared]]
+
+
+@dataclass(slots=True)
+class _Joined:
+    """Deltas of one rollout that nobody has read yet, joined: a slow reader costs text, never one object a token."""
+
+    delta: RolloutDelta
+    texts: list[str]
+
+
+class Subscription:
+    """What one reader has still to read of a run."""
+
+    def __init__(self) -> None:
+        self._items: deque[Item | _Joined] = deque()
+        self._open: dict[tuple[Slot, bool], _Joined] = {}
+        self._wake = asyncio.Event()
+        self._end: ApiError | bool = False
+
+    def put(self, item: Item) -> None:
+        """Take an item; a delta is joined to the unread ones of the same rollout."""
+        if isinstance(item, RolloutDelta):
+            key = (item.slot, item.answer)
+            joined = self._open.get(key)
+            if joined is None:
+                joined = self._open[key] = _Joined(item, [])
+                self._items.append(joined)
+            joined.delta = item
+            joined.texts.append(item.text)
+        else:
+            match item:  # a delta never moves past a fact about its rollout
+                case RolloutStarted(slot) | RolloutFailed(slot):
+                    self._close(slot)
+                case RolloutFinished(rollout) | RolloutAborted(rollout):
+                    self._close(rollout.slot)
+                case RunResumed():
+                    self._open.clear()
+            self._items.append(item)
+        self._wake.set()
+
+    def _close(self, slot: Slot) -> None:
+        self._open.pop((slot, False), None)
+        self._open.pop((slot, True), None)
+
+    def end(self, error: ApiError | None) -> None:
+        """Nothing follows; with an error, the run has none."""
+        self._end = error or True
+        self._wake.set()
+
+    async def next(self, timeout_s: float | None = None) -> list[Item]:
+        """All that is there to read, at least one item; nothing after the end.
+
+        Raises:
+            TimeoutError: Nothing came within `timeout_s`.
+            ApiError: The run ended with an error.
+        """
+        while not self._items:
+            if isinstance(self._end, ApiError):
+                raise self._end
+            if self._end:
+                return []
+            self._wake.clear()
+            async with asyncio.timeout(timeout_s):
+                await self._wake.wait()
+        items = [
+            replace(item.delta, text="".join(item.texts)) if isinstance(item, _Joined) else item for item in self._items
+        ]
+        self._items.clear()
+        self._open.clear()
+        return items
+
+
+@dataclass(slots=True)
+class _Clock:
+    """When a round began and when its last rollout so far ended, on the loop's clock."""
+
+    first: float
+    last: float
+
+
+@dataclass(eq=False)
+class Run:
+    """One run, from its admission on.
+
+    Attributes:
+        id: Its name, everywhere.
+        state: The run so far; None until it is prepared.
+        traces: Of the last round; a reader that shows its reasoning needs them.
+        error: Why it has no answer.
+        failures: With which HTTP statuses its rollouts failed.
+    """
+
+    id: str
+    state: State | None = None
+    traces: dict[Slot, Trace] = field(default_factory=dict)
+    error: ApiError | None = None
+    failures: set[int | None] = field(default_factory=set)
+    task: asyncio.Task[None] | None = field(default=None, repr=False)
+    clocks: dict[int, _Clock] = field(default_factory=dict)
+    _subscriptions: list[Subscription] = field(default_factory=list)
+    _reported: set[int] = field(default_factory=set)
+    _ended: bool = False
+
+    def subscribe(self) -> Subscription:
+        """Read the run from here on; whoever does has to `leave`."""
+        subscription = Subscription()
+        self._subscriptions.append(subscription)
+        if self._ended:
+            subscription.end(self.error)
+        return subscription
+
+    def leave(self, subscription: Subscription) -> None:
+        """Read no further. When the last reader has left, the run is cancelled."""
+        self._subscriptions.remove(subscription)
+        if not self._subscriptions:
+            self.cancel()
+
+    async def finished(self) -> State:
+        """Wait for the end.
+
+        Raises:
+            ApiError: The run has no answer.
+        """
+        assert self.task is not None  # `Runner.submit` gives it one
+        try:
+            await asyncio.wait((self.task,))
+        finally:
+            if not self._subscriptions:
+                self.cancel()
+        if self.error is not None:
+            raise self.error
+        assert self.state is not None  # a run that ended by itself and without an error was prepared
+        return self.state
+
+    def seconds(self, round: int) -> float:
+        """From a round's first start to its last end so far."""
+        clock = self.clocks.get(round)
+        return clock.last - clock.first if clock else 0.0
+
+    def cancel(self, error: ApiError | None = None) -> None:
+        """End the run now; with an error, those who still read it are told."""
+        if error is not None and self.error is None:
+            self.error = error
+        if self.task is not None:
+            self.task.cancel()
+
+    def publish(self, item: Item) -> None:
+        """Hand an item to everyone who reads."""
+        for subscription in self._subscriptions:
+            subscription.put(item)
+
+    def end(self) -> None:
+        """The last word, once the task has ended."""
+        self._ended = True
+        for subscription in self._subscriptions:
+            subscription.end(self.error)
+
+    def facts(self, event: Event, now: float) -> Iterator[Item]:
+        """An event with what follows from it for those who read along; traces are kept back."""
+        assert self.state is not None
+        match event:
+            case RolloutStarted(slot):
+                if slot.round not in self.clocks:
+                    self.clocks[slot.round] = _Clock(now, now)
+                    needed = sum(1 for other in self.state.needed if other.round == slot.round)
+                    yield RoundStarted(slot.round, needed)
+                yield event
+            case RolloutFinished(rollout, trace):
+                if trace is not None and rollout.slot.round == self.state.params.rounds:
+                    self.traces[rollout.slot] = trace
+                yield RolloutFinished(rollout)
+                yield from self._round_end(rollout.slot.round, now)
+            case RolloutFailed(slot):
+                yield event
+                yield from self._round_end(slot.round, now)
+            case RolloutAborted(rollout):
+                yield event
+                yield from self._round_end(rollout.slot.round, now)
+            case _:
+                yield event
+
+    def _round_end(self, round: int, now: float) -> Iterator[Item]:
+        state, clock = self.state, self.clocks.get(round)
+        assert state is not None
+        if clock is not None:
+            clock.last = now
+        if round not in self._reported and all(state.ended(slot) for slot in state.needed if slot.round == round):
+            self._reported.add(round)
+            yield RoundFinished(round, state.stats[round], self.seconds(round))
+
+
+class Runner:
+    """Starts runs, bounds how many there are, and ends them. `aclose` leaves none behind."""
+
+    def __init__(
+        self,
+        host: EngineHost,
+        metrics: Metrics,
+        *,
+        max_runs: int,
+        max_queued: int,
+        engine_wait_s: float,
+    ) -> None:
+        self.host = host
+        self.draining = False
+        self._metrics = metrics
+        self._max_runs = max_runs
+        self._max_queued = max_queued
+        self._engine_wait_s = engine_wait_s
+        self._places = asyncio.Semaphore(max_runs)
+        self._runs: set[Run] = set()
+        self._numbers = itertools.count()
+        self._judge = MathJudge()
+
+    def next_priority(self) -> int:
+        """The priority of the next run: older runs come first in the engine."""
+        return next(self._numbers)
+
+    def submit(self, run_id: str, prepare: Prepare) -> Run:
+        """Let a run in.
+
+        Args:
+            run_id: Its name.
+            prepare: Checks the request against the engine, once that is up, and makes the run.
+
+        Raises:
+            Overloaded: Too many runs in flight and waiting.
+            ShuttingDown: The server is about to leave.
+        """
+        if self.draining:
+            self._metrics.count_rejection("shutting_down")
+            raise ShuttingDown
+        alive = len(self._runs)
+        if alive >= self._max_runs + self._max_queued:
+            self._metrics.count_rejection("overloaded")
+            raise Overloaded(self._max_runs, alive - self._max_runs, _RETRY_AFTER_S)
+        run = Run(run_id)
+        self._runs.add(run)
+        run.task = asyncio.create_task(self._own(run, prepare), name=f"run {run_id}")
+        run.task.add_done_callback(lambda _: self._forget(run))
+        return run
+
+    async def drain(self, grace_s: float) -> None:
+        """Let no run in any more; give those in flight `grace_s` to end, then end them with an error that says so."""
+        self.draining = True
+        tasks = [run.task for run in self._runs if run.task is not None]
+        if tasks:
+            log.info("draining", runs=len(tasks), grace_s=grace_s)
+            await asyncio.wait(tasks, timeout=grace_s)
+        await self._cancel_all()
+
+    async def aclose(self) -> None:
+        """End every run."""
+        self.draining = True
+        await self._cancel_all()
+        self._judge.close()
+
+    async def _cancel_all(self) -> None:
+        runs = list(self._runs)
+        for run in runs:
+            run.cancel(ShuttingDown())
+        await asyncio.gather(*(run.task for run in runs if run.task is not None), return_exceptions=True)
+
+    async def _own(self, run: Run, prepare: Prepare) -> None:
+        """The whole life of a run; its only place where an error becomes its end."""
+        clock = asyncio.get_running_loop().time
+        start = clock()
+        status: RunStatus = "cancelled"
+        try:
+            prepared = await self._prepare(prepare)
+            run.state = prepared.state
+            run.publish(prepared)
+            async with self._place():
+                await self._drive(run, prepared.watch)
+            run.error, status = _verdict(run.state, run.failures)
+        except ApiError as error:
+            run.error, status = error, "refused" if error.status < 500 else "failed"
+        except Exception:
+            log.exception("run broke", run_id=run.id)
+            run.error, status = ApiError(500, "internal_error", "The server failed; the run has no answer."), "failed"
+        finally:
+            self._report(run, status, clock() - start)
+
+    def _forget(self, run: Run) -> None:
+        """Let go of a run whose task has ended, even if it was cancelled before its first step."""
+        self._runs.discard(run)
+        run.end()
+
+    @asynccontextmanager
+    async def _place(self) -> AsyncIterator[None]:
+        """Wait for one of `max_runs` places, first come, first served."""
+        self._metrics.queued.inc()
+        try:
+            await self._places.acquire()
+        finally:
+            self._metrics.queued.dec()
+        self._metrics.running.inc()
+        try:
+            yield
+        finally:
+            self._metrics.running.dec()
+            self._places.release()
+
+    async def _prepare(self, prepare: Prepare) -> Prepared:
+        for deaths in range(_MOST_DEATHS):
+            await self.host.wait_up(self._engine_wait_s)
+            try:
+                return await prepare(self.host.engine)
+            except EngineDead as error:
+                self.host.lost(str(error))
+                await asyncio.sleep(_FIRST_PAUSE_S * 2**deaths)
+        raise EngineUnavailable(self.host.reason or "it dies again and again", _RETRY_AFTER_S)
+
+    async def _drive(self, run: Run, watch: Watch) -> None:
+        """Run to the outcome; a dead engine is waited for, and the run goes on from where it stands."""
+        clock = asyncio.get_running_loop().time
+        begun = clock()
+        assert run.state is not None
+        lost_tokens: int | None = None
+        deaths, ended = 0, 0
+        while True:
+            async with open_run(
+                run.state,
+                self.host.engine,
+                watch=watch,
+                judge=self._judge,
+                elapsed_s=clock() - begun,
+                lost_tokens=lost_tokens,
+            ) as events:
+                try:
+                    async for item in events:
+                        self._take(run, events, item, clock())
+                    return
+                except EngineDead as error:
+                    reason = str(error)
+                    run.state, lost_tokens = events.state, events.lost_tokens
+            before, ended = ended, len(run.state.rollouts) + len(run.state.lost)
+            deaths = 1 if ended > before else deaths + 1
+            self.host.lost(reason)
+            log.warning(
+                "run waits for its engine", run_id=run.id, reason=reason, deaths=deaths, lost_tokens=lost_tokens
+            )
+            if deaths > _MOST_DEATHS:
+                raise EngineUnavailable(reason, _RETRY_AFTER_S)
+            await asyncio.sleep(_FIRST_PAUSE_S * 2**deaths)
+            await self.host.wait_up(self._engine_wait_s)
+
+    def _take(self, run: Run, events: RunEvents, item: Event | RolloutDelta, now: float) -> None:
+        run.state = events.state
+        if isinstance(item, RolloutDelta):
+            run.publish(item)
+            return
+        match item:
+            case RolloutFinished(rollout) | RolloutAborted(rollout):
+                self._metrics.count_rollout(rollout.finish.value, rollout.usage)
+            case RolloutFailed(slot, error, usage, _, status):
+                run.failures.add(status)
+                self._metrics.count_rollout("failed", usage)
+                log.info("rollout failed", run_id=run.id, round=slot.round, index=slot.index, error=error[:500])
+        for fact in run.facts(item, now):
+            run.publish(fact)
+
+    def _report(self, run: Run, status: RunStatus, seconds: float) -> None:
+        """One line and the metrics of a run that has ended."""
+        self._metrics.count_run(status)
+        self._metrics.run_seconds.observe(seconds)
+        for round in run.clocks:
+            self._metrics.round_seconds.observe(run.seconds(round))
+        state = run.state
+        if state is None:
+            log.info("run refused", run_id=run.id, code=run.error.code if run.error else None)
+            return
+        outcome = state.outcome
+        if isinstance(outcome, RunFinished):
+            self._metrics.skipped.labels("unread").inc(sum(state.skipped))
+            if outcome.votes[0] > 0 and len(outcome.candidates) > 1:
+                self._metrics.agreement.observe(outcome.votes[0] / len(outcome.candidates))
+        usage = state.usage
+        log.info(
+            f"run {status}",
+            run_id=run.id,
+            seconds=round_off(seconds),
+            rollouts=sum(stats.started for stats in state.stats),
+            failed=sum(stats.failed for stats in state.stats),
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+            code=run.error.code if run.error else None,
+        )
+
+
+def round_off(seconds: float) -> float:
+    """Milliseconds are enough for people."""
+    return round(seconds, 3)
+
+
+def _verdict(state: State, failures: set[int | None]) -> tuple[ApiError | None, RunStatus]:
+    """What the outcome is to a client."""
+    match state.outcome:
+        case RunFinished(stopped=stopped):
+            return None, "finished" if stopped is None else "stopped"
+        case RunFailed(reason):
+            if state.stopping is Stopped.DEADLINE and state.params.deadline_s is not None:
+                return DeadlinePassed(state.params.deadline_s), "failed"
+            if failures and failures <= _REFUSALS:
+                return EngineRefused(reason), "refused"
+            return EngineFailed(reason), "failed"
+    raise RuntimeError(f"run {state.run_id} ended without an outcome")

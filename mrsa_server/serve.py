@@ -1,0 +1,119 @@
+"""`mrsa serve`: flags and environment -> Settings -> a server that drains before it leaves."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import socket
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import get_args
+
+import uvicorn
+from fastapi import FastAPI
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from mrsa_server import logs
+from mrsa_server.app import create_app
+from mrsa_server.runs.host import Health
+from mrsa_server.runs.runner import Runner
+from mrsa_server.settings import Settings
+
+_FAILED = 3  # exit status of a server whose engine cannot start, as uvicorn's for a failed start
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A flag for each setting that has a group; what is not given is left to the environment and the defaults."""
+    parser.usage = "mrsa serve [flags]"
+    parser.epilog = "Every flag is also an environment variable, named in brackets; MRSA_ENGINE_API_KEY has no flag."
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for name, info in Settings.model_fields.items():
+        if info.title is None:
+            continue
+        if info.title not in groups:
+            groups[info.title] = parser.add_argument_group(info.title)
+        _add_flag(groups[info.title], name, info)
+
+
+def _add_flag(group: argparse._ArgumentGroup, name: str, info: FieldInfo) -> None:
+    flag = "--" + name.replace("_", "-")
+    default = info.get_default(call_default_factory=True)
+    shown = "" if default in (None, {}) else f" (default: {default})"
+    text = f"{info.description}{shown} [MRSA_{name.upper()}]".replace("%", "%%")
+    if info.annotation is bool:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        return
+    choices = _choices(info.annotation)
+    kind = json.loads if isinstance(default, dict) else str
+    metavar = "JSON" if isinstance(default, dict) else None if choices else name.rpartition("_")[2].upper()
+    group.add_argument(flag, type=kind, choices=choices, default=argparse.SUPPRESS, metavar=metavar, help=text)
+
+
+def _choices(annotation: object) -> tuple[str, ...] | None:
+    if isinstance(annotation, type) and issubclass(annotation, StrEnum):
+        return tuple(member.value for member in annotation)
+    values = get_args(annotation)
+    return values if values and all(isinstance(value, str) for value in values) else None
+
+
+def read_settings(flags: Mapping[str, object], parser: argparse.ArgumentParser) -> Settings:
+    """The settings from flags and environment; a bad value ends the program as argparse does."""
+    try:
+        return Settings(**{name: value for name, value in flags.items() if name in Settings.model_fields})  # type: ignore[arg-type]
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = str(first["loc"][0]) if first["loc"] else ""
+        where = f"--{name.replace('_', '-')} [MRSA_{name.upper()}]: " if name else ""
+        parser.error(where + first["msg"].removeprefix("Value error, "))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until told to leave; the exit status."""
+    parser = argparse.ArgumentParser(prog="mrsa serve", usage="mrsa serve [flags]; see mrsa serve --help")
+    settings = read_settings(vars(arguments), parser)
+    logs.configure(settings.log_level, settings.log_format)
+    app = create_app(settings)
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=75,  # longer than clients keep their connections, so that theirs is never the stale end
+        timeout_graceful_shutdown=5,  # `Runner.drain` has given the grace before
+    )
+    server = DrainingServer(config, app, settings.shutdown_grace_s)
+    server.run()
+    return _FAILED if server.failed else 0
+
+
+class DrainingServer(uvicorn.Server):
+    """Leaves in order: not ready, runs end or are ended, and only then the sockets close."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, grace_s: float) -> None:
+        super().__init__(config)
+        self.failed = False
+        self._app = app
+        self._grace_s = grace_s
+
+    async def on_tick(self, counter: int) -> bool:
+        """Also leave when the engine can never start: whoever watches the process is to know."""
+        runner: Runner = self._app.state.runner
+        self.failed = runner.host.health is Health.FAILED
+        return self.failed or await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Drain, then close. A second interrupt cuts the grace short."""
+        runner: Runner = self._app.state.runner
+        drain = asyncio.create_task(runner.drain(self._grace_s))
+        while not drain.done() and not self.force_exit:
+            await asyncio.wait((drain,), timeout=0.1)
+        drain.cancel()
+        await super().shutdown(sockets)

@@ -1,0 +1,127 @@
+"""Everything that can be set about a server, once. Environment variables are `MRSA_` and the field's name.
+
+`title` groups a setting in `--help`; a setting without one has no flag (secrets belong into the environment).
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import Field, JsonValue, SecretStr, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+EngineKind = Literal["embedded", "vllm", "openai", "scripted"]
+
+
+class Effort(StrEnum):
+    """How much work a question is worth; the names are those of OpenAI's `reasoning_effort`."""
+
+    NONE = "none"
+    MINIMAL = "minimal"
+    LOW = "low"
+    MEDIUM = "medium"
+    HIGH = "high"
+    XHIGH = "xhigh"
+    MAX = "max"
+
+
+_ENGINE = "engine"
+_SERVER = "server"
+_METHOD = "method"
+_LIMITS = "limits"
+_LOGS = "logs"
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseSettings):
+    """The settings of one server."""
+
+    model_config = SettingsConfigDict(env_prefix="MRSA_", extra="forbid")
+
+    engine: EngineKind = Field(
+        "embedded",
+        title=_ENGINE,
+        description="where the model runs: `embedded` (a small model on this CPU, nothing to set up), "
+        "`vllm` (in this process), `openai` (any OpenAI-compatible server, see --engine-url), "
+        "`scripted` (no model: made-up text, for trying out)",
+    )
+    model: str | None = Field(
+        None,
+        title=_ENGINE,
+        description="name or path of the model, as the engine knows it; "
+        "for `--engine openai` by default the first that the server lists",
+    )
+    engine_url: str | None = Field(
+        None,
+        title=_ENGINE,
+        description="base URL of the server behind `--engine openai`, such as http://localhost:8001/v1",
+    )
+    engine_api_key: SecretStr | None = Field(None, description="key for the server behind `--engine openai`")
+    engine_priority: bool = Field(
+        False,
+        title=_ENGINE,
+        description="send priorities to `--engine openai`; vLLM takes them with --scheduling-policy priority",
+    )
+    engine_context_tokens: Count | None = Field(
+        None,
+        title=_ENGINE,
+        description="longest prompt and generation together for `--engine vllm`; by default the model's own",
+    )
+    engine_args: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        title=_ENGINE,
+        description="further arguments of `--engine vllm` as JSON, vLLM's EngineArgs",
+    )
+    engine_wait_s: Seconds = Field(
+        30.0, title=_ENGINE, description="seconds that a request waits for an engine that is starting or gone"
+    )
+
+    host: str = Field("127.0.0.1", title=_SERVER, description="address to listen on; there are no API keys yet")
+    port: int = Field(8000, ge=0, le=65_535, title=_SERVER, description="port to listen on; 0 takes a free one")
+    served_model: str | None = Field(
+        None, title=_SERVER, description="name of the model towards clients; the method is served as NAME-mrsa"
+    )
+    keep_alive_s: Seconds = Field(
+        10.0, title=_SERVER, description="seconds of silence after which a stream says it lives"
+    )
+    shutdown_grace_s: float = Field(
+        20.0, ge=0, title=_SERVER, description="seconds that runs in flight get to end after SIGTERM"
+    )
+
+    default_effort: Effort = Field(
+        Effort.MEDIUM, title=_METHOD, description="effort of a request to NAME-mrsa that names none"
+    )
+    inline_images: Literal["note", "refuse"] = Field(
+        "note",
+        title=_METHOD,
+        description="what becomes of an image inside a message: a note to the model that it is not shown, or a 400",
+    )
+
+    max_runs: Count = Field(256, title=_LIMITS, description="runs in flight; more wait")
+    max_queued: int = Field(256, ge=0, title=_LIMITS, description="runs that may wait; more are a 503")
+    max_body_bytes: Count = Field(8 * 2**20, title=_LIMITS, description="largest request body")
+    body_timeout_s: Seconds = Field(30.0, title=_LIMITS, description="seconds within which a body must have arrived")
+    max_population: Count = Field(64, title=_LIMITS, description="largest population")
+    max_rounds: Count = Field(32, title=_LIMITS, description="most aggregation rounds")
+    max_rollout_tokens: Count = Field(131_072, title=_LIMITS, description="most tokens of one rollout, final or not")
+    max_tail_tokens: Count = Field(32_768, title=_LIMITS, description="longest tail")
+    max_deadline_s: Seconds = Field(86_400.0, title=_LIMITS, description="longest deadline of a run")
+    max_budget_tokens: Count = Field(1_000_000_000, title=_LIMITS, description="largest token budget of a run")
+
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", title=_LOGS, description="least severity")
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto", title=_LOGS, description="`auto` is text in a terminal and JSON elsewhere"
+    )
+
+    @model_validator(mode="after")
+    def _engine_and_model_agree(self) -> Settings:
+        if self.engine == "openai" and self.engine_url is None:
+            raise ValueError("--engine openai needs --engine-url (MRSA_ENGINE_URL)")
+        if self.engine == "vllm" and self.model is None:
+            raise ValueError("--engine vllm needs --model (MRSA_MODEL)")
+        if self.engine == "embedded" and self.model is not None:
+            raise ValueError("--engine embedded has a model of its own: --model (MRSA_MODEL) is for the other engines")
+        return self

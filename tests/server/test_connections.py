@@ -1,0 +1,158 @@
+"""What only a real connection shows: clients that leave, are slow, send too much; and how the server leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import time
+import weakref
+from collections.abc import AsyncIterator, Callable
+
+import httpx
+import orjson
+import pytest
+
+from harness.scripted import Script, ScriptedEngine, Speed
+from mrsa_server.runs.runner import Run
+from tests.helpers.serving import CHAT, SMALL, ask, chunks, in_memory, on_port
+
+
+async def connect(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    return await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]), limit=1 << 26)
+
+
+def post(body: bytes, **headers: str) -> bytes:
+    fields = {"host": "x", "content-type": "application/json", "content-length": str(len(body)), **headers}
+    head = "".join(f"{name}: {value}\r\n" for name, value in fields.items() if value)
+    return f"POST {CHAT} HTTP/1.1\r\n{head}\r\n".encode() + body
+
+
+async def until(condition: Callable[[], bool], seconds: float = 2.0) -> float:
+    """Seconds until a condition held."""
+    start = time.perf_counter()
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110  what is waited for has no event to set
+            await asyncio.sleep(0.005)
+    return time.perf_counter() - start
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_client_that_leaves_aborts_every_generation_of_its_run(streamed: bool) -> None:
+    engine = ScriptedEngine(speed=Speed(step_s=0.05))
+    async with on_port(engine) as (url, app):
+        _, writer = await connect(url)
+        writer.write(
+            post(orjson.dumps(ask(stream=streamed, mrsa={"population": 8, "rounds": 1, "final_candidates": 8})))
+        )
+        await until(lambda: engine.open_requests > 6)
+        writer.close()
+        assert await until(lambda: engine.open_requests == 0) < 1.0
+        await until(lambda: not app.state.runner._runs)
+
+
+async def test_one_client_that_leaves_takes_no_other_run_with_it() -> None:
+    engine = ScriptedEngine(speed=Speed(step_s=0.001))
+    async with on_port(engine) as (url, _), httpx.AsyncClient(base_url=url) as client:
+        task = asyncio.create_task(client.post(CHAT, json=ask(mrsa=SMALL)))
+        _, writer = await connect(url)
+        writer.write(post(orjson.dumps(ask(mrsa=SMALL))))
+        await until(lambda: engine.open_requests == 4)
+        writer.close()
+        assert (await task).status_code == 200
+
+
+async def test_the_first_bytes_leave_before_any_generation_has_ended() -> None:
+    engine = ScriptedEngine(speed=Speed(step_s=0.05))
+    async with on_port(engine) as (url, _), httpx.AsyncClient(base_url=url) as client:
+        start = time.perf_counter()
+        async with client.stream("POST", CHAT, json=ask(stream=True)) as response:
+            first = await anext(response.aiter_lines())
+        assert time.perf_counter() - start < 1
+        assert orjson.loads(first.removeprefix("data: "))["mrsa"]["event"] == "run.started"
+
+
+async def test_a_slow_reader_slows_no_run_and_loses_no_text() -> None:
+    text = " ".join(map(str, range(100_000, 143_000)))
+
+    def script(request: object) -> Script:
+        return Script("hm", text)
+
+    engine = ScriptedEngine(script, chunk_tokens=8)
+    async with on_port(engine, max_rollout_tokens=1_000_000) as (url, app):
+        reader, writer = await connect(url)
+        writer.transport.pause_reading()
+        body = ask("scripted", stream=True, max_tokens=400_000)
+        async with asyncio.timeout(20):
+            writer.write(post(orjson.dumps(body)))
+            await until(lambda: engine.total_requests == 1, 5)
+            await until(lambda: not app.state.runner._runs, 15)  # it ends while nobody reads
+            writer.transport.resume_reading()
+            got = bytearray()
+            while b"[DONE]" not in got[-64:]:
+                got += await reader.read(1 << 16)
+        writer.close()
+    frames = [part for part in got.decode().replace("\r\n", "\n").split("\n") if part.startswith("data: {")]
+    found = [orjson.loads(part.removeprefix("data: ")) for part in frames]
+    assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in found) == text.strip()
+    assert len(found) < 33_000  # of 37,600 deltas: those that nobody had read yet were joined
+
+
+async def test_a_body_that_does_not_arrive_is_cut_off() -> None:
+    async with on_port(body_timeout_s=0.2) as (url, _):
+        reader, writer = await connect(url)
+        writer.write(post(b"{" + b" " * 99)[:-50])
+        async with asyncio.timeout(2):
+            answer = await reader.read()
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b"request_timeout" in answer
+        writer.close()
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_a_body_that_is_too_large_is_refused_before_it_is_read(chunked: bool) -> None:
+    async def parts() -> AsyncIterator[bytes]:
+        for _ in range(64):
+            yield b" " * 1024
+
+    async with on_port(max_body_bytes=4096) as (url, _), httpx.AsyncClient(base_url=url) as client:
+        content = parts() if chunked else b" " * 65_536
+        response = await client.post(CHAT, content=content, headers={"content-type": "application/json"})
+        assert response.status_code == 413
+        assert response.json()["error"]["code"] == "request_too_large"
+
+
+async def test_a_server_that_leaves_ends_its_streams_with_an_error_that_says_so() -> None:
+    engine = ScriptedEngine(speed=Speed(step_s=0.05))
+    async with on_port(engine) as (url, app), httpx.AsyncClient(base_url=url) as client:
+        streamed = asyncio.create_task(client.post(CHAT, json=ask(stream=True)))
+        whole = asyncio.create_task(client.post(CHAT, json=ask()))
+        await until(lambda: engine.open_requests > 8)
+        drain = asyncio.create_task(app.state.runner.drain(0.2))
+        await asyncio.sleep(0.05)
+        assert (await client.get("/health/ready")).status_code == 503
+        assert (await client.get("/health/live")).status_code == 200
+        refused = await client.post(CHAT, json=ask())
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "server_shutting_down")
+        await drain
+        assert chunks((await streamed).text)[-1]["error"]["code"] == "server_shutting_down"
+        assert (await whole).status_code == 503
+        assert engine.open_requests == 0
+
+
+async def test_nothing_of_a_finished_run_is_kept() -> None:
+    alive: weakref.WeakSet[Run] = weakref.WeakSet()
+    async with in_memory() as client:
+        runner = client.app.state.runner  # type: ignore[attr-defined]
+        submit = runner.submit
+
+        def watched(*args: object) -> Run:
+            run: Run = submit(*args)
+            alive.add(run)
+            return run
+
+        runner.submit = watched
+        for number in range(20):
+            await client.post(CHAT, json=ask(mrsa=SMALL, stream=number % 2 == 0))
+        await asyncio.sleep(0)
+        gc.collect()
+        assert len(alive) == 0

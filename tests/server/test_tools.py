@@ -1,0 +1,126 @@
+"""Tool calls in answers, and schemas that become grammars."""
+
+from __future__ import annotations
+
+import json
+
+import jsonschema
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harness.scripted import instance_of
+from mrsa_server.api.errors import BadRequest
+from mrsa_server.api.tools import Call, CallReader, Tool, call_schema, check_schema, read_forced, read_free
+
+WEATHER = Tool(
+    "get_weather",
+    "The weather.",
+    {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"]},
+)
+TREE = Tool(
+    "grow",
+    None,
+    {"$ref": "#/$defs/node", "$defs": {"node": {"type": "object", "properties": {"next": {"$ref": "#/$defs/node"}}}}},
+)
+HERMES = '<tool_call>{"name": "get_weather", "arguments": {"city": "Bern"}}</tool_call>'
+ZAYA = (
+    "<zyphra_tool_call>\n<function=get_weather>\n<parameter=city>\n5\n</parameter>\n<parameter=days>\n5\n</parameter>\n"
+    "</function>\n</zyphra_tool_call>"
+)
+
+
+def test_a_call_is_read_in_hermes_and_in_zaya_notation() -> None:
+    assert read_free(f"Let me look. {HERMES}", (WEATHER,)).calls == (("get_weather", '{"city":"Bern"}'),)
+    (call,) = read_free(ZAYA, (WEATHER,)).calls
+    assert json.loads(call.arguments) == {"city": "5", "days": 5}  # each by its type in the schema
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no call at all, though 3 < 4 <tool",
+        '<tool_call>{"name": "unknown", "arguments": {}}</tool_call>',
+        "<tool_call>not json</tool_call>",
+        "<zyphra_tool_call><function=unknown></function></zyphra_tool_call>",
+        '<tool_call>{"name": "get_weather", "arguments": {"city": ',
+        "</tool_call><tool_call>",
+    ],
+)
+def test_what_is_no_call_of_a_known_tool_stays_text(text: str) -> None:
+    assert read_free(text, (WEATHER,)) == (text, ())
+
+
+def test_a_call_whose_closing_mark_is_missing_counts_where_it_is_whole() -> None:
+    assert len(read_free(HERMES.removesuffix("</tool_call>"), (WEATHER,)).calls) == 1
+
+
+PIECES = st.lists(
+    st.one_of(
+        st.sampled_from(
+            [HERMES, ZAYA, "<tool_call>", "</tool_call>", "<", "<zyphra_tool_call>", "<tool_call", " ", "\n"]
+        ),
+        st.text(max_size=5),
+    ),
+    max_size=6,
+).map("".join)
+
+
+@given(text=PIECES, data=st.data())
+def test_an_answer_in_pieces_reads_like_the_whole(text: str, data: st.DataObject) -> None:
+    whole = CallReader((WEATHER,))
+    first, last = whole.feed(text), whole.close()
+    pieces = CallReader((WEATHER,))
+    said, at = "", 0
+    calls: list[Call] = []
+    while at < len(text):
+        size = data.draw(st.integers(1, 9))
+        part = pieces.feed(text[at : at + size])
+        said, calls, at = said + part.text, [*calls, *part.calls], at + size
+    end = pieces.close()
+    assert said + end.text == first.text + last.text
+    assert (*calls, *end.calls) == first.calls + last.calls
+
+
+@given(st.text(max_size=30))
+def test_no_more_is_held_back_than_could_be_a_call(text: str) -> None:
+    said = CallReader((WEATHER,)).feed(text).text
+    held = text[len(said) :]
+    assert said + held == text
+    assert not held or "<zyphra_tool_call>".startswith(held) or "<tool_call>".startswith(held)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_forced_call_fits_its_schema_and_is_read_back(several: bool) -> None:
+    schema = json.loads(call_schema((WEATHER, TREE), several))
+    value = instance_of(schema)
+    jsonschema.validate(value, schema)
+    assert read_forced(json.dumps(value), (WEATHER, TREE)).calls == (("get_weather", '{"city":"text"}'),)
+
+
+def test_the_references_of_a_tools_schema_still_point_into_it() -> None:
+    schema = json.loads(call_schema((WEATHER, TREE), False))
+    jsonschema.validate({"name": "grow", "arguments": {"next": {"next": {}}}}, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"name": "grow", "arguments": {"next": {"next": 5}}}, schema)
+
+
+def test_a_forced_call_that_was_cut_is_text() -> None:
+    assert read_forced('{"name": "get_weather", "argum', (WEATHER,)).calls == ()
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "http://169.254.169.254/latest"},
+        {"properties": {"a": {"items": [{"$ref": "other.json"}]}}},
+        {"patternProperties": {"(a{99}){99}": {}}},
+        {"pattern": "(x{1,40}){40}"},
+        {"pattern": r"(a)\1"},
+        {"minLength": 10**6},
+    ],
+)
+def test_a_hostile_schema_is_refused(schema: dict[str, object]) -> None:
+    with pytest.raises(BadRequest) as caught:
+        check_schema(schema, "where")
+    assert caught.value.param == "where"
