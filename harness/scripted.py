@@ -83,6 +83,7 @@ class ScriptedEngine:
         model: str = "scripted",
     ) -> None:
         self.model = model
+        self.in_process = False  # `revive` brings it back
         self.vocabulary = Vocabulary(
             (THINK_OPEN,) if thinking else (), (THINK_CLOSE,) if thinking else (), context_tokens=context_tokens
         )

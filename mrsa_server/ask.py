@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=os.environ.get("MRSA_URL"),
         help="a running server (default: http://127.0.0.1:8000, or else start one) [MRSA_URL]",
     )
+    parser.add_argument("--start", action="store_true", help="start the embedded engine even where a server runs")
     parser.add_argument("--model", help="model to ask (default: the server's first that runs the method)")
     parser.add_argument("--system", help="system prompt")
     parser.add_argument("--effort", choices=[effort.value for effort in Effort], help="preset of the parameters below")
@@ -90,12 +91,14 @@ def run(arguments: argparse.Namespace) -> int:
 def _server(arguments: argparse.Namespace, console: Console) -> Iterator[tuple[str, bool]]:
     """The server to ask, and whether it was started for this question."""
     url = (arguments.url or "http://127.0.0.1:8000").rstrip("/").removesuffix("/v1")
-    if _lives(url):
-        yield url, False
-        return
-    if arguments.url is not None:
-        raise AskFailed(f"no server answers at {url}")
-    console.print(f"No server at {url}: starting the embedded engine for this question (`mrsa serve` keeps one up).")
+    if not arguments.start:
+        if _lives(url):
+            yield url, False
+            return
+        if arguments.url is not None:
+            raise AskFailed(f"no server answers at {url}")
+        console.print(f"No server at {url}.")
+    console.print("Starting the embedded engine for this question (`mrsa serve` keeps one up).")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -13,6 +13,11 @@ class ServedEngine(Engine, Protocol):
 
     model: str  # the name it is served under; of a remote engine known once it has started
 
+    @property
+    def in_process(self) -> bool:
+        """Whether it lives and dies with this process: once dead, only `aclose` and `start` bring it back."""
+        ...
+
     async def start(self) -> None:
         """Load, connect; returns when the first `generate` can be answered.
 

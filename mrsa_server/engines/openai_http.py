@@ -87,6 +87,7 @@ class OpenAIEngine:
     ) -> None:
         self._root = url.rstrip("/").removesuffix("/v1")
         self.model = model or ""
+        self.in_process = False
         self.level: Level | None = None
         self._api_key = api_key
         self._headers = {"content-type": "application/json", "accept-encoding": "identity"}

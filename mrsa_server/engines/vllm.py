@@ -56,6 +56,7 @@ class VllmEngine:
         extra: Mapping[str, object] | None = None,
     ) -> None:
         self.model = served_name or model
+        self.in_process = True
         self._args: dict[str, object] = {
             "model": model,
             "max_model_len": max_model_len,

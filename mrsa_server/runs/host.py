@@ -69,8 +69,13 @@ class EngineHost:
                 return
 
     async def _recover(self) -> None:
+        """Wait for an engine that lives elsewhere; one that lived in this process is loaded anew."""
         pause = _POLL_S
         while not await self._answers():
+            if self.engine.in_process:
+                await self.engine.aclose()
+                await self._start()
+                return
             await asyncio.sleep(pause)
             pause = min(2 * pause, _SLOWEST_POLL_S)
         self._rise()
