@@ -67,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in _NUMBERS:
         method.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N")
     method.add_argument("--deadline-s", type=float, metavar="SECONDS", help="end with the best answer so far")
+    method.add_argument("--temperature", type=float, help="how freely tokens are drawn (default: the server's)")
     parser.add_argument("--quiet", action="store_true", help="print the answer alone")
 
 
@@ -166,6 +167,8 @@ def _ask(url: str, question: str, effort: str | None, arguments: argparse.Namesp
             "stream": True,
             "stream_options": {"include_usage": True},
         }
+        if arguments.temperature is not None:
+            body["temperature"] = arguments.temperature
         board = Board()
         live = Live(console=console, get_renderable=board.render, refresh_per_second=8, transient=False)
         with live if console.is_terminal and not arguments.quiet else contextlib.nullcontext():

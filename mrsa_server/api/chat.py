@@ -54,7 +54,7 @@ async def chat_completions(request: Request) -> Response:
     settings = service.settings
     try:
         raw = await read_body(request, settings.max_body_bytes, settings.body_timeout_s)
-        chat = parse_chat(raw, settings.inline_images)
+        chat = parse_chat(raw, settings)
         wishes = to_wishes(chat, service.models.runs_method(chat.model), settings.default_effort)
         check_limits(wishes, settings)
         name = uuid.uuid4().hex

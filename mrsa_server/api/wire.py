@@ -29,7 +29,7 @@ from mrsa_server.api.effort import Wishes
 from mrsa_server.api.errors import BadRequest
 from mrsa_server.api.tools import Tool, call_schema, check_schema
 from mrsa_server.api.zyphra import translate
-from mrsa_server.settings import Effort
+from mrsa_server.settings import Effort, Settings
 
 _MAX_TEXT = 8 * 2**20
 _MAX_INT = 2**53 - 1
@@ -304,7 +304,7 @@ class Chat(NamedTuple):
     warnings: tuple[str, ...]
 
 
-def parse_chat(raw: bytes, inline_images: Literal["note", "refuse"]) -> Chat:
+def parse_chat(raw: bytes, settings: Settings) -> Chat:
     """Read a body.
 
     Raises:
@@ -322,7 +322,7 @@ def parse_chat(raw: bytes, inline_images: Literal["note", "refuse"]) -> Chat:
         body = ChatBody.model_validate(data)
     except ValidationError as error:
         raise _of_validation(error, data, names) from None
-    return _to_chat(body, inline_images, warnings)
+    return _to_chat(body, settings, warnings)
 
 
 def _of_validation(error: ValidationError, data: dict[str, Any], names: Mapping[str, str]) -> BadRequest:
@@ -357,9 +357,9 @@ def _of_validation(error: ValidationError, data: dict[str, Any], names: Mapping[
     return BadRequest(f"{param or 'body'}: {message}{tail}", param or None, code)
 
 
-def _to_chat(body: ChatBody, inline_images: Literal["note", "refuse"], warnings: list[str]) -> Chat:
+def _to_chat(body: ChatBody, settings: Settings, warnings: list[str]) -> Chat:
     messages = tuple(
-        _to_message(message, f"messages.{index}", inline_images, warnings)
+        _to_message(message, f"messages.{index}", settings.inline_images, warnings)
         for index, message in enumerate(body.messages)
     )
     tools, forced = _to_tools(body)
@@ -375,7 +375,7 @@ def _to_chat(body: ChatBody, inline_images: Literal["note", "refuse"], warnings:
     return Chat(
         model=body.model,
         problem=Problem(messages, AnswerRules(limit, tuple(stop), schema, shown)),
-        sampling=_to_sampling(body, seeded=seed is not None),
+        sampling=_to_sampling(body, settings.usual_temperature, seeded=seed is not None),
         seed=secrets.randbits(63) if seed is None else seed % 2**63,
         body=body,
         tools=tools,
@@ -384,10 +384,10 @@ def _to_chat(body: ChatBody, inline_images: Literal["note", "refuse"], warnings:
     )
 
 
-def _to_sampling(body: ChatBody, seeded: bool) -> Sampling:
+def _to_sampling(body: ChatBody, usual_temperature: float, seeded: bool) -> Sampling:
     default = Sampling()
     return Sampling(
-        temperature=default.temperature if body.temperature is None else body.temperature,
+        temperature=usual_temperature if body.temperature is None else body.temperature,
         top_p=default.top_p if body.top_p is None else body.top_p,
         top_k=max(0, body.top_k or 0),
         min_p=body.min_p or 0.0,

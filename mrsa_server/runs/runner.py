@@ -357,7 +357,7 @@ class Runner:
             run.state = prepared.state
             run.publish(prepared)
             async with self._place():
-                await self._drive(run, prepared.watch)
+                await self._drive(run, prepared.watch, start)
             run.error, status = _verdict(run.state, run.failures)
         except ApiError as error:
             run.error, status = error, "refused" if error.status < 500 else "failed"
@@ -397,10 +397,15 @@ class Runner:
                 await asyncio.sleep(_FIRST_PAUSE_S * 2**deaths)
         raise EngineUnavailable(self.host.reason or "it dies again and again", _RETRY_AFTER_S)
 
-    async def _drive(self, run: Run, watch: Watch) -> None:
-        """Run to the outcome; a dead engine is waited for, and the run goes on from where it stands."""
+    async def _drive(self, run: Run, watch: Watch, begun: float) -> None:
+        """Run to the outcome; a dead engine is waited for, and the run goes on from where it stands.
+
+        Args:
+            run: The run.
+            watch: Which rollouts are followed delta by delta.
+            begun: When it was submitted, on the loop's clock: waiting counts against its deadline.
+        """
         clock = asyncio.get_running_loop().time
-        begun = clock()
         assert run.state is not None
         lost_tokens: int | None = None
         deaths, ended = 0, 0

@@ -14,6 +14,7 @@ import pytest
 from harness.engine import Delta, EngineDead, EngineError
 from harness.scripted import Script, ScriptedEngine, Speed
 from harness.types import Finish, RolloutRequest, Slot
+from mrsa_server.settings import Settings
 from tests.helpers.serving import CHAT, SMALL, ask, chunks, events, frames, in_memory, joined
 
 GOLDEN = Path(__file__).parent.parent / "data" / "chat_stream.txt"
@@ -535,3 +536,24 @@ async def test_every_response_has_a_request_id() -> None:
         assert (await client.get("/nowhere", headers=hostile)).headers["x-request-id"].startswith("req_")
         response = await client.post(CHAT, json=ask(stream=True, mrsa=SMALL), headers=given)
         assert response.headers["x-request-id"] == "abc-123"
+
+
+@pytest.mark.parametrize(("settings", "temperature"), [({}, 1.0), ({"default_temperature": 0.25}, 0.25)])
+async def test_a_request_that_names_no_temperature_gets_the_server_s(
+    settings: dict[str, float], temperature: float
+) -> None:
+    seen: list[float] = []
+
+    def say(request: RolloutRequest) -> Script:
+        seen.append(request.sampling.temperature)
+        return Script("", "42")
+
+    async with in_memory(ScriptedEngine(say), **settings) as client:
+        await client.post(CHAT, json=ask("scripted"))
+        await client.post(CHAT, json=ask("scripted", temperature=0.5))
+    assert seen == [temperature, 0.5]
+
+
+def test_the_embedded_model_is_too_small_for_temperature_one() -> None:
+    assert Settings(engine="embedded").usual_temperature == 0.3
+    assert Settings(engine="embedded", default_temperature=1.0).usual_temperature == 1.0
