@@ -4,34 +4,20 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 import time
 
 import httpx
 import pytest
 
 from tests.helpers.ports import free_port
+from tests.helpers.processes import start_server, wait_ready
 from tests.helpers.serving import CHAT, ask, chunks
 
 pytestmark = pytest.mark.e2e
 
 
 def serve(*flags: str) -> tuple[subprocess.Popen[str], str]:
-    port = free_port()
-    words = [sys.executable, "-m", "mrsa_server", "serve", "--port", str(port), "--log-format", "json", *flags]
-    return subprocess.Popen(words, stderr=subprocess.PIPE, text=True), f"http://127.0.0.1:{port}"
-
-
-def wait_ready(url: str, path: str = "/health/ready") -> None:
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        try:
-            if httpx.get(url + path).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.05)
-    raise AssertionError("the server did not come up")
+    return start_server("--log-format", "json", *flags, stderr=subprocess.PIPE)
 
 
 def test_sigterm_lets_a_short_run_end_and_tells_a_long_one() -> None:

@@ -1,0 +1,46 @@
+"""Servers as a user starts them: `mrsa serve` in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+
+from tests.helpers.ports import free_port
+
+
+def start_server(*flags: str, stderr: int | None = None) -> tuple[subprocess.Popen[str], str]:
+    """`mrsa serve` with these flags on a free port, and its URL; it may not answer yet."""
+    port = free_port()
+    words = [sys.executable, "-m", "mrsa_server", "serve", "--port", str(port), *flags]
+    return subprocess.Popen(words, stderr=stderr, text=True), f"http://127.0.0.1:{port}"
+
+
+def wait_ready(url: str, path: str = "/health/ready", timeout_s: float = 30) -> None:
+    """Wait until a path answers 200."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        try:
+            if httpx.get(url + path).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.05)
+    raise AssertionError(f"{url}{path} was not ready within {timeout_s} s")
+
+
+@contextmanager
+def serving(*flags: str, timeout_s: float = 30) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server that is ready, ended in order at the block's end."""
+    server, url = start_server(*flags, "--log-level", "warning")
+    with server:
+        try:
+            wait_ready(url, timeout_s=timeout_s)
+            yield server, url
+        finally:
+            server.terminate()
+    assert server.returncode in (0, -15)
