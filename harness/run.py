@@ -131,10 +131,11 @@ class RunEvents(AsyncIterator[Event | RolloutDelta]):
         self._live: dict[Slot, _Live] = {}
         self._voting: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._moved = True  # since `_advance` last looked
         if state.running:
             charged = sum(state.running.values()) if lost_tokens is None else lost_tokens
             self._record(RunResumed(tuple(sorted(state.running)), charged))
-        if state.params.deadline_s is not None and state.stopping is None:
+        if state.params.deadline_s is not None and state.stopping is not Stopped.DEADLINE:
             left = max(0.0, state.params.deadline_s - elapsed_s)
             self._timer = asyncio.get_running_loop().call_later(left, self._inbox.put_nowait, DeadlineReached())
 
@@ -155,8 +156,9 @@ class RunEvents(AsyncIterator[Event | RolloutDelta]):
                 return self._outbox.popleft()
             if self.state.outcome is not None:
                 raise StopAsyncIteration
-            self._advance()
-            if self._outbox:
+            if self._moved:  # a delta moves nothing
+                self._moved = False
+                self._advance()
                 continue
             item = await self._inbox.get()
             if isinstance(item, EngineDead):
@@ -178,7 +180,10 @@ class RunEvents(AsyncIterator[Event | RolloutDelta]):
             self._voting.cancel()
 
     def _abort(self) -> None:
-        """Cut every rollout in flight; each puts what stands there into the inbox."""
+        """Cut every rollout in flight, each puts what stands there into the inbox; and wait for no judge."""
+        if self._voting is not None:
+            self._voting.cancel()
+            self._voting = None
         for slot, live in list(self._live.items()):
             if live.begun and live.task is not None:
                 live.task.cancel()
@@ -188,6 +193,7 @@ class RunEvents(AsyncIterator[Event | RolloutDelta]):
 
     def _record(self, event: Event) -> None:
         self.state = apply(self.state, event)
+        self._moved = True
         self._outbox.append(event)
         if isinstance(event, RolloutFinished | RolloutAborted):
             self._live.pop(event.rollout.slot, None)
@@ -207,7 +213,7 @@ class RunEvents(AsyncIterator[Event | RolloutDelta]):
                 self._timer.cancel()
         elif (candidates := pending_vote(self.state)) and self._voting is None:
             self._voting = self._tasks.create_task(self._vote(candidates))
-        elif not self._live and self._voting is None and not self._outbox:
+        elif not self._live and self._voting is None:
             raise RuntimeError(f"run {self.state.run_id} waits for nothing")
 
     async def _vote(self, candidates: tuple[Slot, ...]) -> None:
@@ -268,6 +274,7 @@ class _Generation:
         self._tokens = 0  # of requests that have ended, as the engine counts them
         self._ids = 0  # of these requests, in the trace
         self._loop = False
+        self._cut = False
 
     async def run(self, must_answer: bool) -> Finish:
         """Generate until the rollout is done.
@@ -326,6 +333,10 @@ class _Generation:
         text = ""
         async with aclosing(self._engine.generate(request)) as deltas:
             async for delta in deltas:
+                if request.stop_ids and builder.thought and delta.token_ids:  # the engine does not know stop ids
+                    self._tokens += round(len(delta.token_ids) / self._engine.vocabulary.ids_per_token)
+                    self._cut, finish = True, Finish.STOP
+                    break
                 builder.add(delta)
                 self._prompt_tokens += delta.prompt_tokens or 0
                 self._cached_tokens += delta.cached_tokens or 0
@@ -335,20 +346,17 @@ class _Generation:
                     self._inbox.put_nowait(RolloutDelta(request.slot, delta.text, not builder.thinking, self.generated))
                 if finish is not None:
                     break
-                if request.stop_ids and builder.thought:
-                    finish = Finish.STOP  # for engines that do not know stop ids
-                    break
-                if detector.feed(delta.text):
-                    self._loop, finish = True, Finish.LOOP
-                    break
                 if unthought is not None and not builder.thinking and not builder.thought:
                     text += delta.text
-                    if len(builder.token_ids) >= (unthought.max_tokens or len(builder.token_ids) + 1):
+                    if unthought.max_tokens is not None and len(builder.token_ids) >= unthought.max_tokens:
                         finish = Finish.LENGTH
-                        break
-                    if any(stop in text for stop in unthought.stop):
+                    elif any(stop in text for stop in unthought.stop):
                         finish = Finish.STOP
-                        break
+                if detector.feed(delta.text):
+                    self._loop, finish = True, Finish.LOOP
+                if finish is not None:
+                    self._cut = True
+                    break
         if finish is None:
             raise EngineError("the engine ended a generation without saying why")
         self._tokens = self.generated if counted is None else before + counted
@@ -386,6 +394,7 @@ class _Generation:
             usage=self.usage(),
             seconds=seconds,
             loop=self._loop,
+            cut=self._cut,
         )
 
     async def _decode(self, token_ids: TokenIds) -> str:

@@ -320,6 +320,7 @@ class Rollout:
         usage: Its tokens; prompts of all its requests.
         seconds: From its first request to its end.
         loop: Whether it repeated itself at some point (a last stage still closes with an answer).
+        cut: Whether a generation was ended from outside: its engine may have made tokens that nobody saw.
     """
 
     slot: Slot
@@ -329,3 +330,4 @@ class Rollout:
     usage: Usage
     seconds: float
     loop: bool = False
+    cut: bool = False

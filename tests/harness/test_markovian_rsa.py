@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncGenerator
 from concurrent.futures import Future
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
@@ -392,6 +393,33 @@ def test_a_deadline_waits_for_no_judge(templates: Templates) -> None:
     run_virtual(late())
 
 
+def test_a_deadline_ends_a_judge_s_work(templates: Templates) -> None:
+    class Never:
+        def group(self, answers: list[str | None]) -> Future[tuple[int, ...]]:
+            return Future()
+
+    async def late() -> None:
+        params = Params(population=3, rounds=0, final_candidates=3, deadline_s=7, final_tokens=400)
+        engine = ScriptedEngine(lambda request: Script("", f"x^{request.slot.index % 2}"))
+        state, _ = await go(init("run", PROBLEM, params, templates), engine, judge=Never())
+        assert asyncio.get_running_loop().time() == pytest.approx(7)
+        assert isinstance(state.outcome, RunFinished)
+        assert state.outcome.votes == (2, 1, 2)
+
+    run_virtual(late())
+
+
+def test_what_an_engine_may_have_made_unseen_is_not_spent_again(templates: Templates) -> None:
+    """A rollout that loops is cut: the rest of its grant stays reserved, for its engine may have gone on."""
+    params = replace(SMALL, rollout_tokens=30_000, final_tokens=1000, tail_tokens=100, budget_tokens=61_000)
+    loops = ScriptedEngine(lambda _: Script("over and over, " * 8000, "42"), chunk_tokens=64)
+    state, events = run_virtual(go(init("run", PROBLEM, params, templates), loops))
+    grants = [event.grant for event in events if isinstance(event, RolloutStarted) and event.slot.round == 0]
+    assert any(rollout.cut for rollout in state.rollouts.values())
+    cut = [state.rollouts[slot] for slot in state.rollouts if slot.round == 0]
+    assert state.withheld_tokens == sum(grants) - sum(rollout.usage.completion_tokens for rollout in cut)
+
+
 def test_a_deadline_in_the_middle_of_the_only_answer_gives_it_as_partial(templates: Templates) -> None:
     def say(request: RolloutRequest) -> Script:
         return Script("t", "many words " * 1000)
@@ -497,6 +525,22 @@ def test_a_rollout_before_the_last_stage_stops_where_nothing_reads_on(templates:
     assert {rollout.answer for rollout in early} == {""}
     carried = run(replace(SMALL, carry=Carry.HYBRID), engine, templates)
     assert carried.rollouts[Slot(0, early[0].slot.index)].answer.startswith("a long answer")
+
+
+def test_an_engine_that_knows_no_stop_ids_is_cut_and_every_token_counted(templates: Templates) -> None:
+    class Deaf(ScriptedEngine):
+        async def generate(self, request: RolloutRequest) -> AsyncGenerator[Delta, None]:
+            async with aclosing(super().generate(replace(request, stop_ids=()))) as deltas:
+                async for delta in deltas:
+                    yield delta
+
+    state = run(SMALL, Deaf(lambda _: Script("because", "a long answer " * 20), chunk_tokens=8), templates)
+    for slot, rollout in state.rollouts.items():
+        if slot.round == 0:
+            assert rollout.cut
+            assert rollout.finish is Finish.THOUGHT
+            assert rollout.tail.text == "because"
+            assert rollout.usage.completion_tokens == len("because") + 2 + 8
 
 
 def test_carrying_answers_makes_every_stage_answer(templates: Templates) -> None:
