@@ -113,6 +113,8 @@ class EngineHost:
         """
         if self.up:
             return
+        if self.health is Health.FAILED:  # nobody waits for what never comes
+            raise EngineUnavailable(self.reason, _RETRY_AFTER_S)
         try:
             async with asyncio.timeout(timeout_s):
                 await self._up.wait()

@@ -458,9 +458,11 @@ async def test_requests_wait_for_an_engine_that_is_starting() -> None:
 
 async def test_an_engine_that_cannot_start_is_a_503_at_once() -> None:
     async with in_memory(LateEngine(1, ValueError("no such model")), up=False, engine_wait_s=60) as client:
-        response = await client.post(CHAT, json=ask())
-        assert response.status_code == 503
-        assert "no such model" in response.json()["error"]["message"]
+        for _ in range(2):  # while it fails, and once it has failed
+            async with asyncio.timeout(10):
+                response = await client.post(CHAT, json=ask())
+            assert response.status_code == 503
+            assert "no such model" in response.json()["error"]["message"]
 
 
 async def test_a_silent_stream_says_that_it_lives() -> None:
