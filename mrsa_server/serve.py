@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import json
 import socket
+import sys
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import get_args
@@ -91,7 +92,11 @@ def run(arguments: argparse.Namespace) -> int:
     )
     server = DrainingServer(config, app, settings.shutdown_grace_s)
     server.run()
-    return _FAILED if server.failed else 0
+    if server.failed:
+        runner: Runner = app.state.runner
+        print(f"mrsa serve: the engine cannot start: {runner.host.reason}", file=sys.stderr)
+        return _FAILED
+    return 0
 
 
 class DrainingServer(uvicorn.Server):

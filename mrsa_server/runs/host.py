@@ -62,7 +62,8 @@ class EngineHost:
             except Exception as error:
                 self.health, self.reason = Health.FAILED, f"{type(error).__name__}: {error}"
                 self._up.set()  # nobody waits for what never comes
-                log.exception("engine cannot start")
+                # Something that is not installed needs no trace of where it was missed.
+                log.error("engine cannot start", reason=self.reason, exc_info=not isinstance(error, ImportError))
                 return
             else:
                 self._rise()
