@@ -30,13 +30,6 @@ def smallest_budget(params: Params) -> int:
     return params.final_candidates * params.final_tokens + before * floor_tokens(params)
 
 
-def worst_case(params: Params) -> int:
-    """Most tokens that the run can generate while no rollout fails: the bound that an admission counts with."""
-    before = needed_at_most(params.population, params.set_size, params.rounds, params.final_candidates)
-    most = params.final_candidates * params.final_tokens + before * params.rollout_tokens
-    return most if params.budget_tokens is None else min(most, params.budget_tokens)
-
-
 def check_budget(params: Params) -> None:
     """Refuse before any work what cannot be paid.
 

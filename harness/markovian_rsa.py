@@ -190,23 +190,29 @@ def decide(state: State) -> Event | None:
         return None if state.running else _finish(state)
     for slot in state.emptied:
         return _amend(state, slot)
-    if all(state.ended(slot) for slot in state.finals):
-        return _finish(state) if any(slot in state.rollouts for slot in state.finals) else _stand_in(state)
-    if (
-        state.ready
-        and not state.running
-        and not any(_grant(state, slot) >= _least(state, slot) for slot in state.ready)
-    ):
-        return _go_final(state)
+    stuck = _stuck(state)
+    if stuck or all(state.ended(slot) for slot in state.finals):
+        if any(slot in state.rollouts for slot in state.finals):
+            return _finish(replace(state, stopping=Stopped.BUDGET) if stuck else state)
+        return _go_final(state) if stuck else _stand_in(state)
     return None
+
+
+def _stuck(state: State) -> bool:
+    """Whether rollouts are ready, and the budget can start none of them and waits for none."""
+    if not state.ready or state.running:
+        return False
+    return not any(_grant(state, slot) >= _least(state, slot) for slot in state.ready)
 
 
 def pending_vote(state: State) -> tuple[Slot, ...]:
     """The candidates whose answers have to be compared before the run can end; empty where nothing has to be."""
     if state.outcome is not None or state.groups is not None or state.params.selection is Selection.FIRST:
         return ()
-    over = state.stopping is Stopped.DEADLINE and not state.running
-    if not over and not (state.wanted and all(state.ended(slot) for slot in state.finals)):
+    if not state.wanted or (state.running and state.stopping is Stopped.DEADLINE):
+        return ()
+    over = state.stopping is Stopped.DEADLINE or _stuck(state)
+    if not over and not all(state.ended(slot) for slot in state.finals):
         return ()
     pool = _pool(state)
     return pool if len(pool) > 1 else ()
@@ -364,8 +370,8 @@ def apply(state: State, event: Event) -> State:
             if not rollout.tail and slot.round < state.params.rounds:
                 state = replace(state, errors={slot.round: "its rollouts left no text", **state.errors})
             return _wake(state, slot)
-        case RolloutFailed(slot, error, usage):
-            if usage.completion_tokens:
+        case RolloutFailed(slot, error, usage, _, status):
+            if usage.completion_tokens or status is None:  # a refusal, with its status, cost no token
                 state = _withhold(state, slot, usage)
             state = replace(
                 state,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from harness.lineage import seed_of
 from harness.types import Message, Problem, Tail
 
+_FENCE = re.compile(r"(?=(={5}[0-9a-f]{16}={5}))")  # ahead, since two fences may share their bars
 _NAMES = ("aggregate.md.j2", "refine.md.j2")
 
 
@@ -54,12 +56,11 @@ def fence_of(seed: int, round: int, texts: Sequence[str]) -> str:
     A rollout can only have seen the fences of rounds before its readers', so it cannot write its own end; should the
     line stand in some text all the same, the next of its stream is taken.
     """
+    taken = {found for text in texts for found in _FENCE.findall(text)}
     attempt = 0
-    while True:
-        fence = f"====={seed_of(seed, 'fence', round, attempt):016x}====="
-        if not any(fence in text for text in texts):
-            return fence
+    while (fence := f"====={seed_of(seed, 'fence', round, attempt):016x}=====") in taken:
         attempt += 1
+    return fence
 
 
 def aggregation_messages(

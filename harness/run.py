@@ -34,6 +34,10 @@ from harness.selection import MathJudge, extract_answer, group_by_text
 from harness.tails import LoopDetector, TraceBuilder, cut_tail
 from harness.types import AnswerRules, Carry, Finish, Params, Rollout, RolloutRequest, Slot, Tail, TokenIds, Usage
 
+_JUDGE_S = 10.0  # for the answers of one run, waiting included
+_CHARACTERS_PER_TOKEN = 4.0  # of English, where nothing was measured
+_LAST_DECODE_S = 1.0  # for what stands there when a deadline cuts a rollout
+
 Inbox = Event | RolloutDelta | EngineDead
 
 
@@ -221,7 +225,11 @@ class RunEvents(AsyncIterator[Event | RolloutDelta]):
         if self.state.stopping is Stopped.DEADLINE:  # the judge may take seconds, and there are none left
             groups = group_by_text(answers)
         else:
-            groups = await asyncio.wrap_future(self._judge.group(answers))
+            try:
+                async with asyncio.timeout(_JUDGE_S):
+                    groups = await asyncio.wrap_future(self._judge.group(answers))
+            except TimeoutError:  # it has other runs' answers to judge too
+                groups = group_by_text(answers)
         self._voting = None
         self._inbox.put_nowait(AnswersGrouped(candidates, groups))
 
@@ -246,13 +254,15 @@ class RunEvents(AsyncIterator[Event | RolloutDelta]):
         except EngineDead as error:
             self._inbox.put_nowait(error)
         except asyncio.CancelledError:
-            if self.state.stopping is None:
+            if self.state.stopping is not Stopped.DEADLINE:
                 raise
             # Cut by the run itself: what stands there may be the best answer so far.
             try:
-                rollout = await generation.rollout(Finish.ABORTED, clock() - start)
-            except (EngineError, EngineDead) as error:
-                self._inbox.put_nowait(RolloutFailed(request.slot, str(error), generation.usage(), clock() - start))
+                async with asyncio.timeout(_LAST_DECODE_S):
+                    rollout = await generation.rollout(Finish.ABORTED, clock() - start)
+            except (EngineError, EngineDead, TimeoutError) as error:
+                reason = str(error) or "its text was not decoded in time"
+                self._inbox.put_nowait(RolloutFailed(request.slot, reason, generation.usage(), clock() - start))
             else:
                 self._inbox.put_nowait(RolloutAborted(rollout))
 
@@ -328,6 +338,8 @@ class _Generation:
             unthought: Rules to hold the text to if it turns out to be an answer without thinking.
         """
         builder, detector, before = self.builder, LoopDetector(), self.generated
+        # Where tokens are estimated, an estimate must not cut an answer that keeps to its bound.
+        limit = request.max_tokens if self._engine.vocabulary.exact else 2 * request.max_tokens
         finish: Finish | None = None
         counted: int | None = None
         text = ""
@@ -352,7 +364,9 @@ class _Generation:
                         finish = Finish.LENGTH
                     elif any(stop in text for stop in unthought.stop):
                         finish = Finish.STOP
-                if detector.feed(delta.text):
+                if self.generated - before > limit:
+                    finish = Finish.LENGTH  # an engine that does not keep to `max_tokens`
+                elif detector.feed(delta.text):
                     self._loop, finish = True, Finish.LOOP
                 if finish is not None:
                     self._cut = True
@@ -372,10 +386,20 @@ class _Generation:
         return self._tokens + round(ids / self._engine.vocabulary.ids_per_token)
 
     def usage(self) -> Usage:
-        """What the rollout has cost."""
-        start, stop = self.builder.trace().answer
+        """What the rollout has cost. Of one before the last stage nothing is an answer to the question."""
+        last = self._request.slot.round == self._params.rounds
+        start, stop = self.builder.trace().answer if last else (0, 0)
         answer = round((stop - start) / self._engine.vocabulary.ids_per_token)
-        return Usage(self._prompt_tokens, self._cached_tokens, self.generated, max(0, self.generated - answer))
+        prompt = self._prompt_tokens or self._prompt_estimate()
+        return Usage(prompt, self._cached_tokens, self.generated, max(0, self.generated - answer))
+
+    def _prompt_estimate(self) -> int:
+        """Tokens of the prompt where the engine never said: a stream that is cut may not have come to its usage."""
+        if not self.builder.token_ids:
+            return 0
+        ratio = self._engine.vocabulary.ids_per_token
+        characters = sum(len(message.text) for message in self._request.messages)
+        return round(characters / (ratio if ratio > 1 else _CHARACTERS_PER_TOKEN))
 
     async def rollout(self, finish: Finish, seconds: float) -> Rollout:
         """What is left of the rollout: its tail and its answer, decoded."""

@@ -7,6 +7,7 @@ cost. On an ordinary event loop the same engine takes its time: `mrsa serve --en
 from __future__ import annotations
 
 import asyncio
+import codecs
 import hashlib
 import heapq
 import json
@@ -147,6 +148,7 @@ class ScriptedEngine:
         stream = self._pace.enter()
         sent = 0
         prompt: int | None = prompt_tokens
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
         try:
             for part in _parts(ids, self._chunk_tokens):
                 if script.error is not None and sent + len(part) > script.fail_after:
@@ -156,12 +158,10 @@ class ScriptedEngine:
                 if self._dead:
                     raise EngineDead("the scripted engine was killed")
                 sent += len(part)
-                text = (
-                    "" if part[0] >= 256 else bytes(token for token in part if token < 256).decode("utf-8", "replace")
-                )
+                text = decoder.decode(bytes(token for token in part if token < 256))
                 yield Delta(part, text, prompt_tokens=prompt)
                 prompt = None
-            yield Delta(finish=finish, prompt_tokens=prompt)
+            yield Delta((), decoder.decode(b"", final=True), finish=finish, prompt_tokens=prompt)
         finally:
             self.open_requests -= 1
             stream.leave()

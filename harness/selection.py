@@ -10,8 +10,9 @@ from fractions import Fraction
 from typing import NamedTuple
 
 _SHORT = 100  # characters: a longer last line is prose, not an answer that could be compared
+_LONGEST_LINE = 4 * _SHORT  # with its label and its marks
 _LABEL = re.compile(r"^(?:(?:the\s+)?(?:final\s+)?answer(?:\s+is)?\s*:?|therefore,?|so,?|thus,?)\s*", re.IGNORECASE)
-_BOX = re.compile(r"\\f?boxed\s*\{")
+_BRACE = re.compile(r"\\f?boxed\s{0,9}\{|\\[{}]|[{}]")
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:/[-+]?\d[\d,]*)?")
 _MATHEMATICAL = re.compile(r"[\d\\^_=+*/<>|√π∞-]")
 
@@ -25,29 +26,29 @@ class Vote(NamedTuple):
 
 def extract_answer(text: str) -> str | None:
     """The answer that a candidate's text ends in, for comparison with others: boxed, else its last line when short."""
-    boxes = list(_BOX.finditer(text))
-    for box in reversed(boxes):
-        content = _balanced(text, box.end())
-        if content is not None and content.strip():
-            return content.strip()
-    lines = text.strip().splitlines()
-    if not lines:
+    boxed = _last_box(text)
+    if boxed is not None:
+        return boxed
+    last = text.rstrip().rpartition("\n")[2]
+    if len(last) > _LONGEST_LINE:
         return None
-    last = _LABEL.sub("", lines[-1].strip().strip("*_#> ")).strip("*_ ")
+    last = _LABEL.sub("", last.strip().strip("*_#> ")).strip("*_ ")
     return last if 0 < len(last) <= _SHORT else None
 
 
-def _balanced(text: str, start: int) -> str | None:
-    """The text from `start` to the brace that closes it; None where none does."""
-    depth = 1
-    for at in range(start, len(text)):
-        if text[at] == "{" and text[at - 1] != "\\":
-            depth += 1
-        elif text[at] == "}" and text[at - 1] != "\\":
-            depth -= 1
-            if depth == 0:
-                return text[start:at]
-    return None
+def _last_box(text: str) -> str | None:
+    """The content of the last box that is closed and not empty. One pass: the text is a model's and may be hostile."""
+    open_braces: list[tuple[int, bool]] = []
+    found: tuple[int, str] = (-1, "")
+    for match in _BRACE.finditer(text):
+        mark = match.group()
+        if mark == "}":
+            start, is_box = open_braces.pop() if open_braces else (-1, False)
+            if is_box and start > found[0] and (content := text[start : match.start()].strip()):
+                found = (start, content)
+        elif mark not in ("\\{", "\\}"):
+            open_braces.append((match.end(), mark != "{"))
+    return found[1] or None
 
 
 def normal_form(answer: str) -> str:
@@ -63,7 +64,7 @@ def group_by_text(answers: Sequence[str | None]) -> tuple[int, ...]:
 
 def _key(answer: str) -> str | Fraction:
     form = normal_form(answer)
-    if _NUMBER.fullmatch(form) and len(form) <= _SHORT:
+    if len(form) <= _SHORT and _NUMBER.fullmatch(form):
         try:
             top, _, bottom = form.replace(",", "").partition("/")
             return Fraction(top) / Fraction(bottom or 1)

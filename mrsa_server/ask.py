@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
             effort = arguments.effort or (Effort.LOW.value if started else None)
             _ask(url, question, effort, arguments, console)
     except AskFailed as failure:
-        Console(stderr=True).print(Text(f"mrsa ask: {failure}", style="red"))
+        Console(stderr=True).print(Text(f"mrsa ask: {failure}", style="red"), soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         console.print("Stopped; the server has dropped the run.")
@@ -92,6 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _server(arguments: argparse.Namespace, console: Console) -> Iterator[tuple[str, bool]]:
     """The server to ask, and whether it was started for this question."""
     url = (arguments.url or "http://127.0.0.1:8000").rstrip("/").removesuffix("/v1")
+    url = url if "://" in url else f"http://{url}"
     if not arguments.start:
         if _lives(url):
             yield url, False
@@ -314,7 +315,7 @@ class Board:
         rollouts = sum(int(row["rollouts"]) for row in self._report.get("rounds", ()))
         saved = self._report.get("saved", {})
         line = (
-            f"{generated:,} tokens generated and {read:,} read in {rollouts} rollouts, "
+            f"{generated:,} tokens generated and {read:,} read in {rollouts} rollout{'s' * (rollouts != 1)}, "
             f"{time.monotonic() - self._start:.1f} s"
         )
         if saved.get("rollouts"):

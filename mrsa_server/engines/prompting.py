@@ -6,8 +6,12 @@ candidate never meets the tokenizer again. Without, its special-looking marks ar
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import secrets
+import string
+from array import array
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -24,7 +28,6 @@ MARK = re.compile(
     r"|tool_call|tool_response|tools|zyphra_tool_call|zyphra_tool_response|function|parameter)(?:=[^<>]{0,64})?>)"
     r"|<(?=<?/?SYS>)|\[(?=/?(?:INST|TOOL_CALLS|TOOL_RESULTS|AVAILABLE_TOOLS|SYSTEM_PROMPT)\])"
 )
-_SENTINEL = "candidateslot"
 
 
 def neutralise(text: str) -> str:
@@ -66,7 +69,7 @@ class PromptIds:
         encode_chat: `(messages, tools as JSON text) -> ids` of the rendered chat template, generation prompt included.
         encode: Text to ids, nothing added, special tokens parsed or not.
         plain_ids: Ids of a candidate that are safe to splice: its own without control tokens.
-        size: How many rendered prompts to remember.
+        most_ids: How many ids of rendered prompts to remember, all together.
     """
 
     def __init__(
@@ -74,14 +77,16 @@ class PromptIds:
         encode_chat: Callable[[list[ChatMessage], str | None], Awaitable[Sequence[int]]],
         encode: Callable[[str], Awaitable[Sequence[int]]],
         plain_ids: Callable[[Tail], Awaitable[tuple[int, ...]]],
-        size: int = 512,
+        most_ids: int = 2_000_000,
     ) -> None:
         self._encode_chat = encode_chat
         self._encode = encode
         self._plain_ids = plain_ids
-        self._size = size
-        self._cuts: OrderedDict[tuple[tuple[Message, ...], str | None], tuple[tuple[int, ...], ...] | None]
-        self._cuts = OrderedDict()
+        self._most_ids = most_ids
+        self._cuts: OrderedDict[bytes, tuple[array[int], ...] | None] = OrderedDict()
+        self._ids = 0
+        # Letters that no text can hold on purpose: they never leave this process but to its tokenizer.
+        self._sentinel = "slot" + "".join(secrets.choice(string.ascii_lowercase) for _ in range(12))
         self._sentinel_ids: tuple[int, ...] | None = None
 
     async def render(self, messages: tuple[Message, ...], tools: str | None = None) -> tuple[int, ...]:
@@ -96,32 +101,37 @@ class PromptIds:
             ids += cut
         return tuple(ids)
 
-    async def _cut(
-        self, messages: tuple[Message, ...], tools: str | None, slots: int
-    ) -> tuple[tuple[int, ...], ...] | None:
-        key = (tuple(_with_sentinels(message) for message in messages), tools)
+    async def _cut(self, messages: tuple[Message, ...], tools: str | None, slots: int) -> tuple[array[int], ...] | None:
+        shared = [self._with_sentinels(message) for message in messages]
+        key = hashlib.blake2b(repr((shared, tools)).encode("utf-8", "surrogatepass"), digest_size=16).digest()
         if key in self._cuts:
             self._cuts.move_to_end(key)
             return self._cuts[key]
-        ids = tuple(await self._encode_chat(chat_messages(key[0], lambda tail: tail.text), tools))
-        cuts = _split(ids, await self._sentinel()) if slots else (ids,)
-        found = cuts if len(cuts) == slots + 1 else None
-        self._cuts[key] = found
-        while len(self._cuts) > self._size:
-            self._cuts.popitem(last=False)
-        return found
+        ids = tuple(await self._encode_chat(chat_messages(shared, lambda tail: tail.text), tools))
+        parts = _split(ids, await self._mark()) if slots else (ids,)
+        cuts = tuple(array("I", part) for part in parts) if len(parts) == slots + 1 else None
+        if key not in self._cuts:  # another rollout of the round may have been first
+            self._cuts[key] = cuts
+            self._ids += _length(cuts)
+        while self._ids > self._most_ids and self._cuts:
+            self._ids -= _length(self._cuts.popitem(last=False)[1])
+        return cuts
 
-    async def _sentinel(self) -> tuple[int, ...]:
+    async def _mark(self) -> tuple[int, ...]:
         """Ids of the sentinel as it stands after a newline, where every candidate stands."""
         if self._sentinel_ids is None:
             newline = tuple(await self._encode("\n"))
-            both = tuple(await self._encode(f"\n{_SENTINEL}"))
+            both = tuple(await self._encode(f"\n{self._sentinel}"))
             self._sentinel_ids = both[len(newline) :] if both[: len(newline)] == newline else ()
         return self._sentinel_ids
 
+    def _with_sentinels(self, message: Message) -> Message:
+        parts = tuple(part if isinstance(part, str) else self._sentinel for part in message.content)
+        return replace(message, content=parts)
 
-def _with_sentinels(message: Message) -> Message:
-    return replace(message, content=tuple(part if isinstance(part, str) else _SENTINEL for part in message.content))
+
+def _length(cuts: tuple[array[int], ...] | None) -> int:
+    return 1 if cuts is None else 1 + sum(map(len, cuts))
 
 
 def _split(ids: tuple[int, ...], mark: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:

@@ -45,6 +45,7 @@ from harness.types import (
     Sampling,
     Selection,
     Slot,
+    TokenIds,
 )
 from tests.helpers.barrier import Result, barrier_loop
 
@@ -418,6 +419,117 @@ def test_what_an_engine_may_have_made_unseen_is_not_spent_again(templates: Templ
     assert any(rollout.cut for rollout in state.rollouts.values())
     cut = [state.rollouts[slot] for slot in state.rollouts if slot.round == 0]
     assert state.withheld_tokens == sum(grants) - sum(rollout.usage.completion_tokens for rollout in cut)
+
+
+def test_a_judge_that_is_too_slow_is_not_waited_for(templates: Templates) -> None:
+    class Never:
+        def group(self, answers: list[str | None]) -> Future[tuple[int, ...]]:
+            return Future()
+
+    async def judged() -> None:
+        params = Params(population=3, rounds=0, final_candidates=3, final_tokens=400)
+        engine = ScriptedEngine(lambda request: Script("", f"x^{request.slot.index % 2}"))
+        state, _ = await go(init("run", PROBLEM, params, templates), engine, judge=Never())
+        assert asyncio.get_running_loop().time() == pytest.approx(10)
+        assert isinstance(state.outcome, RunFinished)
+        assert state.outcome.votes == (2, 1, 2)
+
+    run_virtual(judged())
+
+
+def test_a_deadline_waits_a_second_for_text_that_is_being_decoded(templates: Templates) -> None:
+    class Hanging(ScriptedEngine):
+        async def decode(self, token_ids: TokenIds) -> str:
+            await asyncio.sleep(1e6)
+            return ""
+
+    async def late() -> None:
+        state, _ = await go(init("run", PROBLEM, replace(SMALL, deadline_s=5), templates), Hanging())
+        assert asyncio.get_running_loop().time() == pytest.approx(6)
+        assert isinstance(state.outcome, RunFailed)
+
+    run_virtual(late())
+
+
+def test_who_leaves_a_run_that_went_final_waits_for_nothing(templates: Templates) -> None:
+    class Hanging(ScriptedEngine):
+        async def decode(self, token_ids: TokenIds) -> str:
+            if bytes(token_ids).startswith(b"42"):
+                await asyncio.sleep(1e6)
+            return await super().decode(token_ids)
+
+    def say(request: RolloutRequest) -> Script:
+        return Script("x" * 95, "42", EngineError("lost") if request.slot.round == 1 else None, 90)
+
+    async def leave() -> None:
+        params = Params(population=6, set_size=1, rounds=2, rollout_tokens=100, tail_tokens=100, final_tokens=200)
+        params = replace(params, budget_tokens=smallest_budget(params) + 50)
+        async with open_run(init("run", PROBLEM, params, templates), Hanging(say, speed=Speed(0.01))) as events:
+            async for event in events:
+                if isinstance(event, RolloutStarted) and event.slot.round == 2:
+                    break
+            await asyncio.sleep(60)
+        assert asyncio.get_running_loop().time() < 100
+
+    run_virtual(leave())
+
+
+def test_an_engine_that_does_not_keep_to_max_tokens_is_cut(templates: Templates) -> None:
+    class Greedy(ScriptedEngine):
+        async def generate(self, request: RolloutRequest) -> AsyncGenerator[Delta, None]:
+            async with aclosing(super().generate(replace(request, max_tokens=10**6))) as deltas:
+                async for delta in deltas:
+                    yield delta
+
+    engine = Greedy(lambda _: Script("", "word " * 10_000), chunk_tokens=10, thinking=False)
+    state = run(Params(population=1, rounds=0, final_tokens=100), engine, templates)
+    rollout = state.rollouts[Slot(0, 0)]
+    assert rollout.finish is Finish.LENGTH
+    assert rollout.cut
+    assert rollout.usage.completion_tokens == 110
+
+
+def test_candidates_that_the_budget_cannot_pay_any_more_do_not_sink_those_that_answered(templates: Templates) -> None:
+    """A death of the engine charges what was in flight; what has answered by then is the answer."""
+    params = Params(population=3, rounds=0, final_candidates=3, final_tokens=100, budget_tokens=300)
+
+    async def dies() -> None:
+        engine = ScriptedEngine(
+            lambda request: Script("", "4" * (5 if request.slot.index == 0 else 90)), speed=Speed(1.0), thinking=False
+        )
+        events: list[Event] = []
+        state = init("run", PROBLEM, params, templates)
+
+        async def until_it_dies() -> None:
+            async with open_run(state, engine) as stream:
+                async for event in stream:
+                    if not isinstance(event, RolloutDelta):
+                        events.append(event)
+                    if isinstance(event, RolloutFinished):
+                        engine.kill()
+
+        with pytest.raises(EngineDead):
+            await until_it_dies()
+        engine.revive()
+        ended, _ = await go(replay([state.started, *events], templates), engine, lost_tokens=299)
+        assert isinstance(ended.outcome, RunFinished)
+        assert ended.outcome.stopped is Stopped.BUDGET
+        assert ended.outcome.candidates == (Slot(0, 0),)
+
+    run_virtual(dies())
+
+
+def test_a_call_that_failed_unseen_may_have_cost_its_whole_grant(templates: Templates) -> None:
+    """A timeout says nothing of what was generated; a refusal with its status generated nothing."""
+
+    def withheld(status: int | None) -> int:
+        lost = EngineError("no answer", status)
+        engine = ScriptedEngine(lambda request: Script("a", "b", lost if request.slot == Slot(0, 0) else None))
+        params = replace(SMALL, set_size=4, budget_tokens=1000)
+        return run(params, engine, templates).withheld_tokens
+
+    assert withheld(500) == 0
+    assert withheld(None) == SMALL.rollout_tokens
 
 
 def test_a_deadline_in_the_middle_of_the_only_answer_gives_it_as_partial(templates: Templates) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from itertools import takewhile
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from harness.lineage import seed_of
 from harness.prompts import Templates, aggregation_messages, fence_of, load_templates
 from harness.types import Message, Problem, Tail, ToolCall
 
@@ -88,6 +90,15 @@ def test_a_round_s_fence_is_new_to_those_who_wrote_its_candidates() -> None:
     assert len({fence_of(7, round, []) for round in range(50)}) == 50
     first = fence_of(7, 1, [])
     assert fence_of(7, 1, [f"I saw {first}"]) != first
+
+
+def test_a_question_full_of_fences_costs_one_look() -> None:
+    taken = [f"====={seed_of(7, 'fence', 1, attempt):016x}=====" for attempt in range(20_000)]
+    began = time.perf_counter()
+    fence = fence_of(7, 1, ["".join(taken[:10_000]), *taken[10_000:]])
+    assert time.perf_counter() - began < 3, "quadratic code takes minutes"
+    assert fence not in taken
+    assert fence_of(7, 1, [taken[0][:-5] + taken[1]]) == f"====={seed_of(7, 'fence', 1, 2):016x}====="
 
 
 def test_equal_sets_give_equal_prompts_and_the_task_comes_before_the_candidates(templates: Templates) -> None:

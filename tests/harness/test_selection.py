@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -26,6 +27,18 @@ from harness.selection import MathJudge, decide_vote, extract_answer, group_by_t
 )
 def test_the_answer_is_boxed_or_else_the_last_short_line(text: str, answer: str | None) -> None:
     assert extract_answer(text) == answer
+
+
+@pytest.mark.parametrize("text", ["\\boxed{", "\\boxed{x", "{", "}", "\\boxed{}", "\\boxed ", "x" * 9 + "\n"])
+def test_hostile_text_is_read_in_one_pass(text: str) -> None:
+    began = time.perf_counter()
+    extract_answer(text * (2_000_000 // len(text)))
+    assert time.perf_counter() - began < 5, "quadratic code takes minutes"
+
+
+def test_of_nested_boxes_the_last_to_open_counts() -> None:
+    assert extract_answer("\\boxed{\\boxed{4}}") == "4"
+    assert extract_answer("\\boxed{1} and \\boxed{{2} never closed") == "1"
 
 
 def test_numbers_are_equal_however_written() -> None:
