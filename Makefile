@@ -41,7 +41,7 @@ serve: venv-cpu
 # Sizes that two CPU cores do in well under a minute.
 demo: venv-cpu
 	$(BIN)/mrsa ask --start --population 4 --rounds 2 --set-size 2 --rollout-tokens 160 --tail-tokens 96 \
-		--final-tokens 200 $(ARGS) "What is the capital of France, and on which river does it lie?"
+		--final-tokens 200 --temperature 0.6 --seed 2 $(ARGS) "Why is the sky blue? Answer in one sentence."
 
 test: venv-cpu lint types
 	$(BIN)/python -m pytest -m "" $(ARGS)

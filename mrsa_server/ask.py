@@ -79,6 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
         with _server(arguments, console) as (url, started):
             effort = arguments.effort or (Effort.LOW.value if started else None)
             _ask(url, question, effort, arguments, console)
+            if started:
+                console.print("The embedded model has 135 million parameters: it shows that the machine runs, no more.")
     except AskFailed as failure:
         Console(stderr=True).print(Text(f"mrsa ask: {failure}", style="red"), soft_wrap=True)
         return 1

@@ -101,7 +101,7 @@ async def test_a_bad_schema_fails_its_request_alone(engine: EmbeddedEngine, sche
 
 
 async def test_a_prompt_too_long_is_an_error_with_figures(engine: EmbeddedEngine) -> None:
-    with pytest.raises(EngineError, match=r"prompt of \d+ tokens .* 8192"):
+    with pytest.raises(EngineError, match=r"prompt of \d+ tokens .* 4096"):
         await generate(engine, ask("word " * 9000))
 
 
