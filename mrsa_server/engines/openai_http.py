@@ -24,10 +24,12 @@ from httpx_aiohttp import AiohttpTransport
 
 from harness.engine import Delta, EngineDead, EngineError, Vocabulary
 from harness.types import Message, RolloutRequest, TokenIds
+from mrsa_server.engines import UNWATCHED_INTERVAL
 from mrsa_server.engines.openai_reply import IdReply, TextReply
 from mrsa_server.engines.openai_stream import (
     CLOSE,
     OPEN,
+    AnswerOnly,
     Event,
     Frames,
     IdReader,
@@ -44,7 +46,7 @@ CLOSING = "Give your final answer now, without further reasoning."
 CONTINUING = "Go on exactly where you were cut off, repeating nothing."
 # uvicorn, in front of vLLM, closes an idle connection after 5 s: one that we might still use must be younger.
 _KEEPALIVE_S = 4.0
-_UNWATCHED_INTERVAL = 16
+_END_S = 1.0  # for a body to end after its `[DONE]`
 _RATIO = 4.0
 _TRANSPORT = (httpx.TransportError, aiohttp.ClientError, OSError)
 
@@ -68,6 +70,7 @@ class OpenAIEngine:
         api_key: Sent as bearer token, and never shown.
         connect_timeout_s: For a connection to open.
         read_timeout_s: Between two reads of an answer.
+        silence_s: After so long without a byte for anyone, whether the server is still there is looked up.
         max_connections: Most at once; further generations wait here.
         max_tokens_field: Where the server wants the bound in a chat; `max_completion_tokens` for OpenAI's own models.
         priority: Send priorities, which vLLM refuses without `--scheduling-policy priority`.
@@ -81,6 +84,7 @@ class OpenAIEngine:
         api_key: str | None = None,
         connect_timeout_s: float = 10.0,
         read_timeout_s: float = 600.0,
+        silence_s: float = 15.0,
         max_connections: int = 4096,
         max_tokens_field: str = "max_tokens",
         priority: bool = False,
@@ -99,12 +103,17 @@ class OpenAIEngine:
         self._priority = priority
         self._urls: dict[str, httpx.URL] = {}
         self._transport: AiohttpTransport | None = None
+        self._silence_s = silence_s
+        self._open = 0  # generations
+        self._heard = 0.0  # when any of them last brought a byte, on the loop's clock
+        self._guard: asyncio.Task[None] | None = None
         self._starting = asyncio.Lock()
         self._vocabulary = Vocabulary()
         self._tokenizer: RemoteTokenizer | None = None
         self._prompts: PromptIds | None = None
         self._prompt_end: tuple[int, ...] = ()
         self._prompt_thinks = False
+        self._unmarked = False
         self._seen_characters = 0
         self._seen_tokens = 0
 
@@ -168,16 +177,19 @@ class OpenAIEngine:
             path, body = "/v1/chat/completions", await self._chat(request)
         reply: IdReply | TextReply | None = None
         frames = Frames()
-        async with self._send("POST", path, body) as response:
+        async with self._guarded(), self._send("POST", path, body) as response:
             yield Delta(prompt_tokens=prompt_tokens, thinking=thinking)
             async for events in _events(response, frames):
+                self._heard = asyncio.get_running_loop().time()
                 if reply is None:
                     reply = self._reply(request, events, thinking)
                 for delta in await reply.take(events):
                     yield delta
                 if reply.stopped:
                     break
-            if reply is None or not (reply.stopped or frames.done or reply.reader.finish):
+            if reply is None or not (reply.stopped or reply.reader.finish):
+                if frames.done:
+                    raise EngineError("the engine's answer was cut: it ended without a finish_reason")
                 raise await self._lost("the engine's stream was cut")
             end = await reply.end()
             self._learn(reply)  # Nobody comes back after the last delta.
@@ -242,10 +254,12 @@ class OpenAIEngine:
             raise EngineError("the engine's /v1/models lists no model", 404) from None
 
     def _reply(self, request: RolloutRequest, events: list[Event], thinking: bool) -> IdReply | TextReply:
+        # What a continuation goes on with is the answer; a model that is asked in a new turn thinks again nevertheless.
+        only = AnswerOnly(self._unmarked and self._prompts is None) if request.continuation and not thinking else None
         if self._prompts is not None and has_ids(events):
-            return IdReply(request, IdReader(self._vocabulary.think_open, self._vocabulary.think_close))
+            return IdReply(request, IdReader(self._vocabulary.think_open, self._vocabulary.think_close, only))
         tokenize = None if self._tokenizer is None else self._tokenizer.encode
-        return TextReply(request, TextReader(thinking), self._vocabulary, tokenize)
+        return TextReply(request, TextReader(thinking, only), self._vocabulary, tokenize)
 
     def _ends_thinking(self, prompt: tuple[int, ...], continuation: tuple[int, ...]) -> bool:
         """Whether generation begins inside an open think; one that a message holds does not count."""
@@ -267,7 +281,7 @@ class OpenAIEngine:
         if request.answer.json_schema is not None:
             body["structured_outputs"] = {"json": orjson.loads(request.answer.json_schema)}
         if not request.watched:
-            body["stream_interval"] = _UNWATCHED_INTERVAL
+            body["stream_interval"] = UNWATCHED_INTERVAL
         if self._priority:
             body["priority"] = request.priority
         return orjson.dumps(body)
@@ -331,11 +345,14 @@ class OpenAIEngine:
             if self._tokenizer is not None and reply.end_id is not None:
                 self._tokenizer.add_control((reply.end_id,))
             return
-        counted = reply.reader.completion_tokens
-        if self._tokenizer is not None or counted is None or not reply.characters:
+        reader = reply.reader
+        self._unmarked = self._unmarked or reader.unmarked
+        counted = reader.completion_tokens
+        dropped = reader.answer is not None and reader.answer.dropped
+        if self._tokenizer is not None or counted is None or dropped or not reply.characters:
             return
         # Tokens of a reasoning that the server keeps to itself have no characters here.
-        shown = counted if reply.thought else counted - reply.reader.hidden_tokens
+        shown = counted if reply.thought else counted - reader.hidden_tokens
         if shown > 0:
             self._seen_characters += reply.characters
             self._seen_tokens += shown
@@ -375,6 +392,29 @@ class OpenAIEngine:
                 waited = (timeouts or self._timeouts)["read"]
                 raise EngineError(f"the engine was silent for {waited:g} s") from None
             raise await self._lost(f"the connection to the engine broke: {type(cause).__name__}") from None
+
+    @asynccontextmanager
+    async def _guarded(self) -> AsyncIterator[None]:
+        """Have somebody look after the server while this generation waits for it."""
+        self._open += 1
+        self._heard = asyncio.get_running_loop().time()
+        if self._guard is None:
+            self._guard = asyncio.create_task(self._look_after())
+        try:
+            yield
+        finally:
+            self._open -= 1
+            if not self._open and self._guard is not None:
+                self._guard.cancel()
+                self._guard = None
+
+    async def _look_after(self) -> None:
+        """Close every connection once nobody listens any more: a server that stops may leave them open, and silent."""
+        clock = asyncio.get_running_loop().time
+        while True:
+            await asyncio.sleep(self._silence_s / 3)
+            if clock() - self._heard > self._silence_s and isinstance(await self._lost("it is silent"), EngineDead):
+                await self.aclose()
 
     async def _lost(self, message: str) -> EngineError | EngineDead:
         """A broken stream is the rollout's loss, unless there is no server any more."""
@@ -428,10 +468,18 @@ async def _events(response: httpx.Response, frames: Frames) -> AsyncIterator[lis
         frames.done = True
         return
     try:
-        async for data in _stream(response):
+        reads = aiter(_stream(response))
+        async for data in reads:
             events = frames.feed(data)
             if events:
                 yield events
+            if frames.done:
+                break
+        if frames.done:  # A body that is read to its end gives its connection back; waiting for that has a limit.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_END_S):
+                    async for _ in reads:
+                        pass
     except _TRANSPORT:
         if not frames.done:
             raise

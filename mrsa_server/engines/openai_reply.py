@@ -9,6 +9,7 @@ from harness.engine import Delta, Vocabulary
 from harness.types import Finish, RolloutRequest
 from mrsa_server.engines.openai_stream import CLOSE, OPEN, Event, IdReader, TextReader
 
+_CHARACTERS_PER_TOKEN = 4.0  # of text that is dropped unseen by any tokenizer, where the server counts nothing
 _FLUSH_CHARACTERS = 1024  # what a rollout that is cut loses of its ids at most
 
 
@@ -31,11 +32,16 @@ class IdReply:
         return self.reader.take(events)
 
     async def end(self) -> list[Delta]:
-        deltas = []
+        deltas = self.reader.end()
         stop_ids = self._request.stop_ids
         if len(stop_ids) == 1 and self.reader.stop_reason == stop_ids[0] != self.reader.last:
             deltas.append(Delta(stop_ids))  # Not every server shows the id that it stopped at.
-        return [*deltas, Delta(finish=self.reader.finish or Finish.STOP, cached_tokens=self.reader.cached_tokens)]
+        reader = self.reader
+        finish = reader.finish or Finish.STOP
+        counted = reader.generated if reader.dropped else None
+        if reader.dropped and reader.answer is not None and not reader.answer.answered:
+            finish = Finish.LENGTH  # It thought to its end, and came to no answer.
+        return [*deltas, Delta(finish=finish, cached_tokens=reader.cached_tokens, completion_tokens=counted)]
 
 
 class TextReply:
@@ -73,11 +79,16 @@ class TextReply:
             deltas = await self._write(self.reader.end()) + await self._flush()
             if self._stop_ids and self.reader.stop_reason == self._stop_ids[-1]:
                 deltas.append(Delta(self._stop_ids))
-        counted = self.reader.completion_tokens
-        if counted is None:
-            counted = self._ids if self._tokenize else math.ceil(self.characters / self._vocabulary.ids_per_token)
         reader = self.reader
+        counted = reader.completion_tokens
+        dropped = 0 if reader.answer is None else reader.answer.dropped
+        if counted is None and self._tokenize:
+            counted = self._ids + math.ceil(dropped / _CHARACTERS_PER_TOKEN)
+        elif counted is None:
+            counted = math.ceil((self.characters + dropped) / self._vocabulary.ids_per_token)
         finish = Finish.STOP if self.stopped or reader.finish is None else reader.finish
+        if dropped and reader.answer is not None and not reader.answer.answered:
+            finish = Finish.LENGTH  # It thought to its end, and came to no answer.
         return [*deltas, Delta((), "", finish, reader.prompt_tokens, reader.cached_tokens, False, counted)]
 
     async def _write(self, pieces: list[str]) -> list[Delta]:

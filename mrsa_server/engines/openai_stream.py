@@ -1,11 +1,16 @@
 """What an OpenAI-compatible server streams, read without I/O: bytes -> JSON events -> ids, or text cut at think marks.
 
 Nothing here awaits. Anything that is not of the expected shape is an EngineError: the bytes are another machine's.
+
+Of server-sent events: lines end in LF or CRLF (not in CR alone: such a stream has no line, and is refused as cut);
+`data:` with or without a space, one whole JSON object or `[DONE]` a line (an object over several lines is not joined);
+`error:` as old llama-servers write it; comments, `event:`, `id:`, `retry:` and empty lines are skipped.
 """
 
 from __future__ import annotations
 
 import re
+from array import array
 from typing import Any
 
 import orjson
@@ -15,7 +20,12 @@ from harness.types import Finish
 
 OPEN, CLOSE = "<think>", "</think>"
 _MARKERS = re.compile(f"({OPEN}|{CLOSE})")
-_BROKEN = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+_BROKEN = (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError)
+_LONGEST_LINE = 1 << 24  # bytes
+_MOST_TOKENS = 1 << 31  # what a server counts beyond is no count
+_FILTERED = ("content_filter", "sensitive")
+_FAILED = ("abort", "error", "cancelled", "insufficient_system_resource")
+_FULL = ("length", "max_tokens", "model_length")
 
 Event = dict[str, Any]
 
@@ -31,6 +41,8 @@ class Frames:
         """The events that end in `data`; all others' lines (comments, names) are skipped."""
         lines = (self._rest + data).split(b"\n")
         self._rest = lines.pop()
+        if len(self._rest) > _LONGEST_LINE:
+            raise EngineError(f"the engine's stream has a line of more than {_LONGEST_LINE} bytes")
         events: list[Event] = []
         for line in lines:
             if line[:5] == b"data:":
@@ -39,6 +51,8 @@ class Frames:
                     self.done = True
                 elif payload:
                     events.append(parse(payload))
+            elif line[:6] == b"error:":
+                raise EngineError(f"the engine failed while it generated: {_line(line[6:].decode(errors='replace'))}")
         return events
 
 
@@ -50,7 +64,7 @@ def parse(payload: bytes) -> Event:
         raise EngineError("the engine's answer is not JSON") from None
     if not isinstance(event, dict):
         raise EngineError("the engine's answer is not a JSON object")
-    if event.get("error"):
+    if event.get("error") or event.get("object") == "error":
         raise EngineError(f"the engine failed while it generated: {error_text(event)}")
     return event
 
@@ -60,7 +74,23 @@ def error_text(event: Event) -> str:
     error = event.get("error") or event.get("detail") or event.get("message") or ""
     if isinstance(error, dict):
         error = error.get("message", "")
-    return " ".join(str(error).split())[:200]
+    return _line(str(error))
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:200]
+
+
+def checked_ids(ids: list[int]) -> list[int]:
+    """The ids, each of which fits a trace.
+
+    Raises:
+        TypeError, OverflowError: They are no list, or one is no number, negative, or above 32 bits.
+    """
+    if not isinstance(ids, list):
+        raise TypeError("ids are no list")
+    array("I", ids)
+    return ids
 
 
 class Markers:
@@ -86,6 +116,55 @@ class Markers:
         return [held] if held else []
 
 
+class AnswerOnly:
+    """Drops the reasoning of a model that thinks again where only its answer was asked for.
+
+    Attributes:
+        dropped: Characters of reasoning.
+        answered: Whether there was anything else than space besides.
+
+    Args:
+        unmarked: Whether the reasoning may begin without OPEN, as the template writes that: text is held back until
+            CLOSE shows what it was, or the end that it was the answer.
+    """
+
+    def __init__(self, unmarked: bool = False) -> None:
+        self.dropped = 0
+        self.answered = False
+        self._hiding = False
+        self._held: list[str] | None = [] if unmarked else None
+
+    def feed(self, pieces: list[str]) -> list[str]:
+        """What of the pieces (markers alone) is answer."""
+        kept: list[str] = []
+        for piece in pieces:
+            if piece == OPEN:
+                kept += self._release()
+                self._hiding = True
+            elif piece == CLOSE:
+                self.dropped += sum(map(len, self._release()))
+                self._hiding = False
+            elif self._hiding:
+                self.dropped += len(piece)
+            elif self._held is not None:
+                self._held.append(piece)
+            else:
+                kept.append(piece)
+        return self._seen(kept)
+
+    def end(self) -> list[str]:
+        """What was held back and is answer."""
+        return self._seen(self._release())
+
+    def _release(self) -> list[str]:
+        held, self._held = self._held or [], None
+        return held
+
+    def _seen(self, kept: list[str]) -> list[str]:
+        self.answered = self.answered or any(piece.strip() for piece in kept)
+        return kept
+
+
 class Reader:
     """What ids and text have in common: how a generation ended and what it cost.
 
@@ -93,9 +172,11 @@ class Reader:
         finish: STOP or LENGTH once the server said so.
         stop_reason: vLLM's id or string that stopped it; None for the end of the sequence.
         hidden_tokens: Of `completion_tokens`, those of a reasoning that the server did not show.
+        answer: What drops the reasoning where only the answer was asked for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, answer: AnswerOnly | None = None) -> None:
+        self.answer = answer
         self.finish: Finish | None = None
         self.stop_reason: object = None
         self.prompt_tokens: int | None = None
@@ -114,9 +195,13 @@ class Reader:
         choice: Event = choices[0]
         reason = choice.get("finish_reason")
         if reason is not None:
-            if reason in ("abort", "error", "cancelled"):
+            if reason in _FILTERED:
+                raise EngineError(f"the engine filtered the answer: {reason}")
+            if reason in _FAILED:
                 raise EngineError(f"the engine ended the generation: {reason}")
-            self.finish = Finish.LENGTH if reason == "length" else Finish.STOP
+            if not isinstance(reason, str):
+                raise TypeError("finish_reason is no text")
+            self.finish = Finish.LENGTH if reason in _FULL else Finish.STOP
             self.stop_reason = choice.get("stop_reason")
         return choice
 
@@ -128,20 +213,69 @@ class Reader:
 
 
 class IdReader(Reader):
-    """Events of vLLM's /v1/completions with `return_token_ids` -> deltas of ids, think markers alone."""
+    """Events of vLLM's /v1/completions with `return_token_ids` -> deltas of ids, think markers alone.
 
-    def __init__(self, think_open: tuple[int, ...], think_close: tuple[int, ...]) -> None:
-        super().__init__()
+    Attributes:
+        last: The last id.
+        generated: How many ids came.
+        dropped: How many of these are reasoning where only the answer was asked for.
+    """
+
+    def __init__(
+        self, think_open: tuple[int, ...], think_close: tuple[int, ...], answer: AnswerOnly | None = None
+    ) -> None:
+        super().__init__(answer)
         self._marks = {ids[0]: mark for ids, mark in ((think_open, OPEN), (think_close, CLOSE)) if len(ids) == 1}
         self._owed: list[str] = []
+        self._hiding = False
+        self._text = Markers()
         self.last: int | None = None
+        self.generated = 0
+        self.dropped = 0
 
     def take(self, events: list[Event]) -> list[Delta]:
         """Deltas of all events that came in one read, joined where no marker stands between them."""
         try:
-            return self._take(events)
+            return self._take(events) if self.answer is None else self._take_answer(events, self.answer)
         except _BROKEN:
             raise EngineError("the engine's answer is not of the shape of /v1/completions") from None
+
+    def end(self) -> list[Delta]:
+        """Text that was held back."""
+        if self.answer is None:
+            return []
+        text = "".join(self.answer.feed(self._text.end()) + self.answer.end())
+        return [Delta((), text)] if text else []
+
+    def _take_answer(self, events: list[Event], answer: AnswerOnly) -> list[Delta]:
+        """Ids and text without reasoning, each by its own markers: text may run behind ids."""
+        ids: list[int] = []
+        texts: list[str] = []
+        for event in events:
+            choice = self.choice(event)
+            if choice is None:
+                continue
+            new = self._new(choice)
+            texts += answer.feed(self._text.feed(choice.get("text") or ""))
+            if not self._hiding and self._marks.keys().isdisjoint(new):
+                ids += new
+                continue
+            for token in new:
+                mark = self._marks.get(token)
+                if mark is not None:
+                    self._hiding = mark == OPEN
+                if mark is not None or self._hiding:
+                    self.dropped += 1
+                else:
+                    ids.append(token)
+        return [Delta(ids, "".join(texts))] if ids or texts else []
+
+    def _new(self, choice: Event) -> list[int]:
+        ids = checked_ids(choice["token_ids"])
+        self.generated += len(ids)
+        if ids:
+            self.last = ids[-1]
+        return ids
 
     def _take(self, events: list[Event]) -> list[Delta]:
         deltas: list[Delta] = []
@@ -151,7 +285,7 @@ class IdReader(Reader):
             choice = self.choice(event)
             if choice is None:
                 continue
-            new: list[int] = choice["token_ids"]
+            new = self._new(choice)
             text: str = choice.get("text") or ""
             for mark in self._owed[:]:
                 # Text runs behind ids where the server holds it back for stop strings.
@@ -166,8 +300,6 @@ class IdReader(Reader):
             else:
                 ids += new
                 texts.append(text)
-            if new:
-                self.last = new[-1]
         if ids or any(texts):
             deltas.append(Delta(ids, "".join(texts)))
         return deltas
@@ -205,11 +337,17 @@ class TextReader(Reader):
 
     Args:
         thinking: Whether the prompt itself ends inside an open `<think>`.
+        answer: What drops the reasoning where only the answer was asked for.
+
+    Attributes:
+        unmarked: Whether reasoning came in the text without OPEN before it.
     """
 
-    def __init__(self, thinking: bool = False) -> None:
-        super().__init__()
+    def __init__(self, thinking: bool = False, answer: AnswerOnly | None = None) -> None:
+        super().__init__(answer)
+        self.unmarked = False
         self._open = thinking
+        self._marked = False
         self._separated = False
         self._reasoning = Markers()
         self._content = Markers()
@@ -218,7 +356,8 @@ class TextReader(Reader):
     def take(self, events: list[Event]) -> list[str]:
         """Pieces of all events that came in one read, joined where no marker stands between them."""
         try:
-            return _join([piece for event in events for piece in self._take(event)])
+            pieces = [piece for event in events for piece in self._take(event)]
+            return _join(pieces if self.answer is None else self.answer.feed(pieces))
         except _BROKEN:
             raise EngineError("the engine's answer is not of the shape of /v1/chat/completions") from None
 
@@ -252,15 +391,24 @@ class TextReader(Reader):
     def end(self) -> list[str]:
         """What was held back, and the tool calls."""
         pieces = [*self._reasoning.end(), *self._content.end()]
-        pieces += [_tool_text(*call) for _, call in sorted(self._calls.items())]
-        return _join(pieces)
+        try:
+            calls = [_tool_text(*call) for _, call in sorted(self._calls.items())]
+        except _BROKEN:
+            raise EngineError("the engine's tool calls are not of the shape of /v1/chat/completions") from None
+        if self.answer is not None:
+            pieces = self.answer.feed(pieces) + self.answer.end()
+            self.answer.answered = self.answer.answered or bool(calls)
+        return _join(pieces + calls)
 
     def _follow(self, pieces: list[str]) -> list[str]:
         for piece in pieces:
             if piece == OPEN:
-                self._open = True
+                self._open = self._marked = True
             elif piece == CLOSE:
+                self.unmarked = self.unmarked or not self._marked
                 self._open = False
+            elif self._open and not self._marked:  # of the prompt
+                self.unmarked = True
         return pieces
 
 
@@ -313,4 +461,4 @@ def _tool_text(name: str, arguments: str) -> str:
 
 
 def _count(value: object) -> int | None:
-    return value if isinstance(value, int) and value >= 0 else None
+    return value if isinstance(value, int) and 0 <= value < _MOST_TOKENS else None

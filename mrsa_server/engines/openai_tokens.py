@@ -15,13 +15,17 @@ import orjson
 
 from harness.engine import EngineError
 from harness.types import Tail, TokenIds
-from mrsa_server.engines.prompting import MARK, ChatMessage, tool_definitions
+from mrsa_server.engines.openai_stream import checked_ids
+from mrsa_server.engines.prompting import MARK, ChatMessage, neutralise, tool_definitions
 
 Post = Callable[[str, bytes], Awaitable[dict[str, Any]]]
 
 # Statuses of a server that does not know a path or a body; any other error says nothing about what it knows.
 _UNKNOWN = frozenset((400, 401, 403, 404, 405, 422, 501))
 # Control tokens that open models write an answer with: the tool parser has to see them.
+# A text with more marks that are not known yet is not asked about: whoever writes it would multiply our calls.
+_MOST_MARKS = 8
+_REMEMBERED_MARKS = 1024
 _SPOKEN = re.compile(r"tool|function|parameter", re.IGNORECASE)
 
 
@@ -46,8 +50,8 @@ class RemoteTokenizer:
         self._post = post
         self._model = model
         self._dialect = dialect
-        self._flights: dict[bytes, asyncio.Task[dict[str, Any]]] = {}
-        self._marks: dict[str, int | None] = {}
+        self._flights: dict[bytes, asyncio.Task[list[int]]] = {}
+        self._marks: OrderedDict[str, int | None] = OrderedDict()
         self._control: set[int] = set()
         self._plain: OrderedDict[bytes, frozenset[int]] = OrderedDict()
         self.context_tokens: int | None = None
@@ -121,6 +125,8 @@ class RemoteTokenizer:
             return ""
         text = await self.detokenize(kept)
         marks = await self._known(text)
+        if marks is None:  # Whatever looks like a mark in it stays; as a candidate, `plain_ids` breaks it.
+            return text
         silent = {token for mark, token in marks.items() if token in kept and not _SPOKEN.search(mark)}
         self._remember(ids, frozenset(marks.values()))
         if silent:
@@ -129,10 +135,17 @@ class RemoteTokenizer:
         return text
 
     async def plain_ids(self, tail: Tail) -> tuple[int, ...]:
-        """A candidate's ids without control tokens: whatever it says, it cannot end its own turn."""
+        """A candidate's ids without control tokens: whatever it says, it cannot end its own turn.
+
+        One with more marks than are asked about gets the ids of its text with every mark broken, no more than it had.
+        """
         found = self._plain.get(_digest(tail.token_ids))
         if found is None:
-            marks = await self._known(await self.detokenize(tail.token_ids))
+            text = await self.detokenize(tail.token_ids)
+            marks = await self._known(text)
+            if marks is None:
+                broken = [token for token in await self.encode(neutralise(text)) if token not in self._control]
+                return tuple(broken[-len(tail.token_ids) :])
             found = frozenset(marks.values())
             self._remember(tail.token_ids, found)
         control = found | self._control
@@ -142,21 +155,27 @@ class RemoteTokenizer:
 
     async def single(self, mark: str) -> int | None:
         """The one id that `mark` is; None where it is none or several."""
-        if mark not in self._marks:
-            ids = await self.encode(mark)
-            self._marks[mark] = ids[0] if len(ids) == 1 else None
-        return self._marks[mark]
+        if mark in self._marks:
+            self._marks.move_to_end(mark)
+            return self._marks[mark]
+        ids = await self.encode(mark)
+        found = self._marks[mark] = ids[0] if len(ids) == 1 else None
+        while len(self._marks) > _REMEMBERED_MARKS:
+            self._marks.popitem(last=False)
+        return found
 
     def add_control(self, ids: Iterable[int]) -> None:
         """Ids that are known to be control tokens: think markers, the end of a turn."""
         self._control.update(ids)
 
-    async def _known(self, text: str) -> dict[str, int]:
-        """Everything in `text` that looks like a control mark and is one id, with that id."""
+    async def _known(self, text: str) -> dict[str, int] | None:
+        """Everything in `text` that looks like a control mark and is one id, with that id; None if too many are new."""
         marks: set[str] = set()
         for match in MARK.finditer(text):
             end = text.find("]" if match.group(0) == "[" else ">", match.start())
             marks.add(text[match.start() : end + 1])
+        if sum(mark not in self._marks for mark in marks) > _MOST_MARKS:
+            return None
         known = {mark: await self.single(mark) for mark in sorted(marks)}
         return {mark: token for mark, token in known.items() if token is not None}
 
@@ -172,19 +191,20 @@ class RemoteTokenizer:
         if flight is None:
             flight = self._flights[key] = asyncio.create_task(self._ask(key))
             flight.add_done_callback(lambda task: self._land(key, task))
-        answer = await asyncio.shield(flight)
-        ids = answer.get("tokens")
-        if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
-            raise EngineError("the engine's /tokenize gives no ids")
+        return await asyncio.shield(flight)
+
+    async def _ask(self, body: bytes) -> list[int]:
+        answer = await self._post("/tokenize", body)
+        try:
+            ids = checked_ids(answer["tokens"])
+        except (KeyError, OverflowError, TypeError):
+            raise EngineError("the engine's /tokenize gives no ids") from None
         longest = answer.get("max_model_len")
-        if isinstance(longest, int):
+        if isinstance(longest, int) and longest > 0:
             self.context_tokens = longest
         return ids
 
-    async def _ask(self, body: bytes) -> dict[str, Any]:
-        return await self._post("/tokenize", body)
-
-    def _land(self, key: bytes, task: asyncio.Task[dict[str, Any]]) -> None:
+    def _land(self, key: bytes, task: asyncio.Task[list[int]]) -> None:
         del self._flights[key]
         if not task.cancelled():
             task.exception()  # Where every caller has left, nobody else looks at it.

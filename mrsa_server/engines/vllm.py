@@ -20,6 +20,7 @@ import structlog
 
 from harness.engine import Delta, EngineDead, EngineError, Vocabulary
 from harness.types import Finish, Message, RolloutRequest, Tail, TokenIds
+from mrsa_server.engines import UNWATCHED_INTERVAL
 from mrsa_server.engines.prompting import ChatMessage, PromptIds
 from mrsa_server.engines.tokens import Pieces, Tokens
 
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
 log = structlog.get_logger("mrsa.engine")
 
 INSTALL = "vLLM is not installed: `pip install 'mrsa-server[vllm]'` on a GPU machine, `make venv-cpu` on one without"
-
-# Tokens of a rollout that nobody watches come this many at a time, where vLLM can: less work for the event loop.
-UNWATCHED_INTERVAL = 16
 
 
 class VllmEngine:

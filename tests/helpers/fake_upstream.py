@@ -75,6 +75,9 @@ class Script:
         reasoning: What it thinks; empty for a model that does not.
         think: Where the thinking stands: `content` (markers in the text), `field`, or `prompt` (the template opens it).
         field: Name of the field for `think="field"`.
+        rethink: Think also where only the answer is asked for.
+        token_ids: The one thing that /tokenize gives, whatever it is; empty for true ids.
+        linger: Leave the connection open after the stream's end, as a server that forgets it does.
         fault: 400, 429, 500, 503, hang, reset, truncate, garbage or error (an error frame).
         fault_every: Each k-th generation has the fault.
         json: Answer with application/json though a stream was asked for.
@@ -93,6 +96,9 @@ class Script:
     think: str = "content"
     field: str = "reasoning_content"
     tool_calls: tuple[tuple[str, str], ...] = ()
+    rethink: bool = False
+    token_ids: tuple[Any, ...] = ()
+    linger: bool = False
     fault: str | None = None
     fault_every: int = 1
     json: bool = False
@@ -262,7 +268,7 @@ class _Connection(asyncio.Protocol):
             self._end()
             if fault == "reset":
                 self.transport.close()
-            else:
+            elif not script.linger:
                 self.transport.write(b"0\r\n\r\n")
 
         self._later(step, lambda: write(0))
@@ -300,6 +306,8 @@ def _tokens(script: Script, path: str, body: dict[str, Any]) -> dict[str, Any]:
         return {"prompt": decode(body["tokens"])}
     text = body["prompt"] if "prompt" in body else chat_template(body["messages"], body.get("tools"), think)
     ids = encode(text)
+    if script.token_ids:
+        return {"tokens": script.token_ids[0]}
     return {"tokens": ids, "count": len(ids), "max_model_len": CONTEXT}
 
 
@@ -309,7 +317,7 @@ def _events(script: Script, path: str, body: dict[str, Any]) -> Iterator[dict[st
         yield from _completion_events(script, body)
         return
     limit: int = body.get("max_tokens") or body.get("max_completion_tokens") or CONTEXT
-    thinks = bool(script.reasoning) and body["messages"][-2:][0]["role"] != "assistant"
+    thinks = bool(script.reasoning) and (script.rethink or body["messages"][-2:][0]["role"] != "assistant")
     deltas: list[tuple[str, str]] = []
     if thinks and script.think == "field":
         deltas = [(script.field, part) for part in _cut(script.reasoning, script.piece)]
@@ -341,7 +349,7 @@ def _completion_events(script: Script, body: dict[str, Any]) -> Iterator[dict[st
     opened = _last(prompt, THINK) > _last(prompt, END_THINK)
     closed = _last(prompt, END_THINK) > _last(prompt, THINK)
     ids = encode(script.answer)
-    if script.reasoning and not closed:
+    if script.reasoning and (script.rethink or not closed):
         ids = [*([] if opened else [THINK]), *encode(script.reasoning), END_THINK, *ids]
     ids.append(IM_END)
     finish, reason = "stop", None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from array import array
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from harness.engine import Delta, EngineDead, EngineError
 from harness.types import AnswerRules, Finish, Message, RolloutRequest, Sampling, Slot, Tail
 from mrsa_server.engines.openai_http import Level, OpenAIEngine
-from mrsa_server.engines.openai_stream import CLOSE, OPEN, Frames, IdReader, Markers, TextReader
+from mrsa_server.engines.openai_stream import CLOSE, OPEN, AnswerOnly, Frames, IdReader, Markers, TextReader
 from tests.helpers.fake_upstream import END_THINK, IM_END, THINK, FakeUpstream, Script, decode, encode
 
 REASONING = "Sechs mal sieben: 6·7 = 42 ✓. " * 3
@@ -463,21 +465,186 @@ def test_events_are_read_whole_wherever_the_bytes_are_cut(texts: list[str], rand
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), lambda inner: st.lists(
     inner, max_size=3) | st.dictionaries(st.sampled_from(
-        ["choices", "delta", "content", "usage", "token_ids", "text", "tool_calls", "function", "finish_reason",
-         "reasoning", "prompt_tokens_details", "index", "name"]), inner, max_size=4), max_leaves=20))  # fmt: skip
+        ["choices", "delta", "content", "usage", "token_ids", "completion_tokens", "text", "tool_calls", "function",
+         "finish_reason", "reasoning", "prompt_tokens_details", "index", "name"]),
+    inner, max_size=4), max_leaves=20))  # fmt: skip
 def test_whatever_a_server_says_is_read_or_is_an_engine_error(event: Any) -> None:
-    for reader in (IdReader((THINK,), (END_THINK,)), TextReader()):
+    marks = (THINK,), (END_THINK,)
+    for reader in (IdReader(*marks), IdReader(*marks, AnswerOnly()), TextReader(), TextReader(False, AnswerOnly())):
         try:
             for _ in range(2):
-                reader.take([{"choices": [event]}])
+                for said in reader.take([{"choices": [event]}]):
+                    assert isinstance(said, str) or array("I", said.token_ids) is not None
                 reader.take([event if isinstance(event, dict) else {"usage": event}])
-            if isinstance(reader, TextReader):
-                reader.end()
+            reader.end()
         except EngineError:
             pass
 
 
+# ---- a model that thinks again where only its answer is asked for
+
+
+@pytest.mark.parametrize("piece", [1, 4, 10_000])
+@pytest.mark.parametrize("script", [
+    Script(level=1),
+    Script(level=1, ids=False),
+    Script(level=2),
+    Script(level=2, think="field"),
+    Script(level=3),
+    Script(level=3, think="field"),
+    Script(level=3, think="field", field="reasoning"),
+    Script(level=3, json=True),
+    Script(level=3, think="field", json=True),
+])  # fmt: skip
+async def test_a_reasoning_after_the_thinking_was_closed_is_no_answer(script: Script, piece: int) -> None:
+    script = replace(script, reasoning=REASONING, answer=ANSWER, rethink=True, piece=piece, writes=9)
+    async with served(script) as (engine, _):
+        await engine.start()
+        first = tuple(ids_of(await collect(engine, request(stop_ids=engine.vocabulary.think_close))))
+        ratio = engine.vocabulary.ids_per_token
+        deltas = await collect(engine, request(continuation=first))
+        assert text_of(deltas) == ANSWER
+        assert (await engine.decode(ids_of(deltas)), deltas[-1].finish) == (ANSWER, Finish.STOP)
+        assert all(delta.finish is None for delta in deltas[:-1])
+        if script.level == 1:
+            spent = len(encode(OPEN + REASONING + CLOSE + ANSWER)) + 1
+        else:
+            parts = [REASONING, ANSWER] if script.think == "field" else [OPEN + REASONING + CLOSE + ANSWER]
+            spent = sum(-(-len(part) // piece) for part in parts)
+        assert deltas[-1].completion_tokens == spent
+        assert engine.vocabulary.ids_per_token == ratio  # what was dropped is no measure
+
+
+@pytest.mark.parametrize("finish", [10_000, 12])
+@pytest.mark.parametrize(
+    ("level", "think"), [(1, "content"), (2, "content"), (2, "field"), (3, "content"), (3, "field")]
+)
+async def test_a_second_reasoning_without_an_answer_is_an_empty_answer_cut_short(
+    level: int, think: str, finish: int
+) -> None:
+    script = Script(level=level, reasoning=REASONING, answer="", think=think, rethink=True)
+    async with served(script) as (engine, _):
+        await engine.start()
+        so_far = (*engine.vocabulary.think_open, 104, 109, *engine.vocabulary.think_close)
+        deltas = await collect(engine, request(continuation=so_far, max_tokens=finish))
+        assert (text_of(deltas), await engine.decode(ids_of(deltas)), deltas[-1].finish) == ("", "", Finish.LENGTH)
+        assert deltas[-1].completion_tokens
+
+
+@pytest.mark.parametrize("level", [2, 3])
+async def test_a_second_reasoning_that_the_template_opens_is_no_answer(level: int) -> None:
+    script = Script(level=level, reasoning=REASONING, answer=ANSWER, think="prompt", rethink=True, writes=9)
+    async with served(script) as (engine, upstream):
+        first = await collect(engine, request(stop_ids=()))
+        deltas = await collect(engine, request(continuation=tuple(ids_of(first))))
+        assert (text_of(deltas), await engine.decode(ids_of(deltas))) == (ANSWER, ANSWER)
+        upstream.change(rethink=False)
+        deltas = await collect(engine, request(continuation=tuple(ids_of(first))))
+        assert (text_of(deltas), deltas[-1].finish) == (ANSWER, Finish.STOP)
+
+
+async def test_tool_calls_after_a_second_reasoning_are_the_answer() -> None:
+    script = Script(reasoning=REASONING, answer="", think="field", rethink=True, tool_calls=(("now", "{}"),))
+    async with served(script) as (engine, _):
+        deltas = await collect(engine, request(continuation=tuple(map(ord, f"{OPEN}hm{CLOSE}"))))
+        assert (text_of(deltas), deltas[-1].finish) == (
+            '<tool_call>{"name":"now","arguments":{}}</tool_call>', Finish.STOP
+        )  # fmt: skip
+
+
 # ---- what goes wrong
+
+
+def sse(*events: Any, done: bool = True) -> tuple[bytes, ...]:
+    frames = b"".join(b"data: %b\n\n" % orjson.dumps(event) for event in events)
+    return (frames + b"data: [DONE]\n\n" * done,)
+
+
+@pytest.mark.parametrize("continuation", [(), (THINK, END_THINK)])
+@pytest.mark.parametrize("ids", [["a"], [-1], [2**40], [1.5], [None], [[1]], {"1": 1}])
+async def test_ids_that_are_none_lose_one_rollout(ids: Any, continuation: tuple[int, ...]) -> None:
+    good = {"choices": [{"text": "a", "token_ids": [97]}]}
+    bad = {"choices": [{"text": "b", "token_ids": ids, "finish_reason": "stop"}]}
+    async with served(Script(level=1, raw=sse(good, done=False) + sse(bad))) as (engine, _):
+        with pytest.raises(EngineError, match="shape"):
+            await collect(engine, request(continuation=continuation))
+
+
+@pytest.mark.parametrize("ids", [["a"], [-1], [2**40], [1.5], "ab", {"1": 1}, None])
+async def test_a_tokenizer_that_gives_no_ids_loses_one_rollout(ids: Any) -> None:
+    async with served(Script(level=1)) as (engine, upstream):
+        await engine.start()
+        upstream.change(token_ids=(ids,))
+        with pytest.raises(EngineError, match="/tokenize"):
+            await collect(engine, request())
+
+
+async def test_tool_calls_of_mixed_indices_lose_one_rollout() -> None:
+    calls = [{"index": index, "function": {"name": "f"}} for index in (0, "a")]
+    event = {"choices": [{"delta": {"tool_calls": calls}, "finish_reason": "tool_calls"}]}
+    async with served(Script(raw=sse(event))) as (engine, _):
+        with pytest.raises(EngineError, match="tool calls"):
+            await collect(engine, request())
+
+
+async def test_a_count_beyond_any_context_is_no_count() -> None:
+    usage = {"prompt_tokens": 2**63, "completion_tokens": 2**62}
+    event = {"choices": [{"delta": {"content": "x" * 8}, "finish_reason": "stop"}], "usage": usage}
+    async with served(Script(raw=sse(event))) as (engine, _):
+        deltas = await collect(engine, request())
+        assert (deltas[-1].completion_tokens, deltas[-1].prompt_tokens) == (2, None)
+
+
+HALF = {"choices": [{"delta": {"content": "Half an ans"}, "text": "Half an ans", "token_ids": [*b"Half an ans"]}]}
+
+FILTERED = {"choices": [{"delta": {}, "text": "", "token_ids": [], "finish_reason": "content_filter"}]}
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+@pytest.mark.parametrize(("frames", "said"), [
+    (sse(HALF, {"object": "error", "message": "CUDA error", "type": "X", "code": 500}), "CUDA error"),
+    (sse(HALF, {"error": {"message": "CUDA error"}}), "CUDA error"),
+    ((sse(HALF, done=False)[0] + b'error: {"code":500,"message":"CUDA error"}\n\n',), "CUDA error"),
+    (sse(HALF), "finish_reason"),
+    (sse(HALF, done=False), "cut"),
+    ((sse(HALF)[0].replace(b"\n", b"\r"),), "cut"),
+    (sse(HALF, FILTERED), "filtered"),
+])  # fmt: skip
+async def test_a_cut_answer_is_never_a_whole_one(level: int, frames: tuple[bytes, ...], said: str) -> None:
+    async with served(Script(level=level, raw=frames)) as (engine, _):
+        with pytest.raises(EngineError, match=said):
+            await collect(engine, request())
+
+
+@pytest.mark.parametrize("level", [1, 3])
+async def test_an_answer_that_is_done_does_not_wait_for_its_connection(level: int) -> None:
+    async with served(Script(level=level, answer=ANSWER, linger=True)) as (engine, upstream):
+        start = time.monotonic()
+        deltas = await collect(engine, request())
+        assert (text_of(deltas), deltas[-1].finish) == (ANSWER, Finish.STOP)
+        assert time.monotonic() - start < 2
+        upstream.change(linger=False)
+        await collect(engine, request())
+        await settled(lambda: upstream.stats.connections == 2 and len(upstream.protocols) == 1)
+
+
+async def test_a_thousand_marks_in_a_candidate_ask_no_thousand_questions() -> None:
+    said = "".join(f"<|m{index}|>" for index in range(1500))
+    tail = Tail((*encode(said), IM_END, *encode("so")), said + "so")
+    async with served(Script(level=1)) as (engine, upstream):
+        await collect(engine, request(messages=(Message("user", ("A:\n", Tail(tuple(b"x"), "x"), "\n")),)))
+        before = upstream.stats.paths.copy()
+        assert said in await engine.decode(tail.token_ids)
+        await collect(engine, request(messages=(Message("user", ("A:\n", tail, "\n")),)))
+        asked = upstream.stats.paths - before
+        assert asked["/tokenize"] + asked["/detokenize"] <= 6
+        prompt = upstream.generations[-1]["prompt"]
+        assert (prompt.count(IM_END), "<|m1499|>" in decode(prompt)) == (1, False)
+        assert len(prompt) < len(tail.token_ids) + 100
+        for index in range(1500):
+            await engine.decode(encode(f"<|n{index}|>"))
+        assert engine._tokenizer is not None
+        assert len(engine._tokenizer._marks) <= 1024
 
 
 @pytest.mark.parametrize("level", [1, 2, 3])
@@ -563,3 +730,41 @@ async def test_a_connection_serves_one_generation_after_another() -> None:
         for _ in range(5):
             await collect(engine, request())
         assert upstream.stats.connections == 1
+
+
+async def test_a_server_that_is_stopped_and_leaves_its_connections_open_is_found_dead() -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        if b"POST /v1/chat/completions" not in head:
+            writer.write(b"HTTP/1.1 404 Not Found\r\ncontent-length: 2\r\nconnection: close\r\n\r\n{}")
+            writer.close()
+            return
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n")
+        writer.write(b'data: {"choices":[{"index":0,"delta":{"content":"I"}}]}\n\n')
+        await writer.drain()
+        began.set()
+        await gone.wait()
+        writer.close()
+
+    began, gone = asyncio.Event(), asyncio.Event()
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    engine = OpenAIEngine(f"http://127.0.0.1:{port}", "m", silence_s=0.3)
+    request = RolloutRequest("run", Slot(0, 0), (Message("user", ("hi",)),), 10)
+
+    async def read() -> None:
+        async with aclosing(engine.generate(request)) as deltas:
+            async for _ in deltas:
+                pass
+
+    reading = asyncio.create_task(read())
+    await began.wait()
+    await asyncio.sleep(0.6)
+    assert not reading.done(), "a silent server that listens is waited for"
+    server.close()
+    with pytest.raises(EngineDead):
+        async with asyncio.timeout(5):
+            await reading
+    gone.set()
+    await engine.aclose()
+    assert engine._guard is None
