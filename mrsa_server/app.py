@@ -19,7 +19,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from harness.prompts import load_templates
 from mrsa_server import __version__
 from mrsa_server.api import chat, health, models
-from mrsa_server.api.errors import ApiError, to_response
+from mrsa_server.api.errors import NO_RETRY, ApiError, to_response
+from mrsa_server.api.idempotency import Keys
 from mrsa_server.engines.build import ServedEngine, build
 from mrsa_server.metrics import Metrics
 from mrsa_server.runs.host import EngineHost
@@ -49,13 +50,15 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
             engine_wait_s=settings.engine_wait_s,
         )
         names = models.ModelNames(host, settings.served_model, int(time.time()))
+        keys = Keys(settings.idempotency_keep_s, settings.max_idempotency_keys)
         app.state.metrics, app.state.runner, app.state.models = metrics, runner, names
-        app.state.chat = chat.ChatService(settings, runner, names, load_templates())
+        app.state.chat = chat.ChatService(settings, runner, names, load_templates(), keys)
         life = asyncio.create_task(host.run(), name="engine")
         try:
             yield
         finally:
             await runner.aclose()
+            await keys.aclose()
             life.cancel()
             await asyncio.wait((life,))
 
@@ -65,6 +68,7 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
         lifespan=lifespan,
         # The interactive pages load their scripts from elsewhere, and the route parses its body itself.
         openapi_url=None,
+        redirect_slashes=False,  # a redirect's target would be made of the client's own Host header
     )
     app.include_router(chat.router)
     app.include_router(models.router)
@@ -124,7 +128,7 @@ class RequestScope:
             log.exception("request broke", request_id=request_id, path=scope["path"])
             if status:
                 raise  # the connection has to be cut: half an answer must not look like a whole one
-            broken = ApiError(500, "internal_error", "The server failed.")
+            broken = ApiError(500, "internal_error", "The server failed.", headers=NO_RETRY)
             await to_response(broken)(scope, receive, send_with_id)
         if scope["path"] not in _QUIET:
             log.info(

@@ -31,7 +31,8 @@ def configure(level: str, form: Literal["auto", "json", "text"]) -> None:
         cache_logger_on_first_use=True,
     )
     last: list[Processor] = (
-        [structlog.dev.ConsoleRenderer()]
+        # Not rich's tracebacks: they print every local variable, prompts among them, and take a second to do so.
+        [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
         if text
         else [
             structlog.processors.format_exc_info,

@@ -15,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from mrsa_server import logs
 from mrsa_server.app import create_app
@@ -53,8 +54,9 @@ def _add_flag(group: argparse._ArgumentGroup, name: str, info: FieldInfo) -> Non
 
 
 def _choices(annotation: object) -> tuple[str, ...] | None:
-    if isinstance(annotation, type) and issubclass(annotation, StrEnum):
-        return tuple(member.value for member in annotation)
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, StrEnum):
+            return tuple(member.value for member in kind)
     values = get_args(annotation)
     return values if values and all(isinstance(value, str) for value in values) else None
 
@@ -80,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         app,
         host=settings.host,
         port=settings.port,
-        http="httptools",
+        http=Unpipelined,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -97,6 +99,41 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"mrsa serve: the engine cannot start: {runner.host.reason}", file=sys.stderr)
         return _FAILED
     return 0
+
+
+class Unpipelined(HttpToolsProtocol):
+    """Answers one request at a time, and closes after it where a second one came before its end.
+
+    uvicorn would keep the second for later and stop reading: then nobody would notice that the client has left.
+    """
+
+    _crowded = False
+
+    def on_headers_complete(self) -> None:
+        """A request is there: one that comes before the answer to the last is dropped, which HTTP allows."""
+        before = self.cycle
+        super().on_headers_complete()
+        if self.pipeline:
+            self.pipeline.clear()
+            before.keep_alive = False
+            self.cycle = before
+            self._crowded = True
+            self.flow.resume_reading()
+
+    def on_body(self, body: bytes) -> None:
+        """A part of a body."""
+        if not self._crowded:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The end of a body."""
+        if not self._crowded:
+            super().on_message_complete()
+
+    def data_received(self, data: bytes) -> None:
+        """What follows a dropped request is not even parsed."""
+        if not self._crowded:
+            super().data_received(data)
 
 
 class DrainingServer(uvicorn.Server):

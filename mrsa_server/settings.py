@@ -79,6 +79,13 @@ class Settings(BaseSettings):
         30.0, title=_ENGINE, description="seconds that a request waits for an engine that is starting or gone"
     )
 
+    engine_timeout_s: Seconds = Field(
+        600.0,
+        title=_ENGINE,
+        description="seconds of silence after which a generation of `--engine openai` is given up; a server that is "
+        "gone is found out after 15",
+    )
+
     host: str = Field("127.0.0.1", title=_SERVER, description="address to listen on; there are no API keys yet")
     port: int = Field(8000, ge=0, le=65_535, title=_SERVER, description="port to listen on; 0 takes a free one")
     served_model: str | None = Field(
@@ -91,8 +98,10 @@ class Settings(BaseSettings):
         20.0, ge=0, title=_SERVER, description="seconds that runs in flight get to end after SIGTERM"
     )
 
-    default_effort: Effort = Field(
-        Effort.MEDIUM, title=_METHOD, description="effort of a request to NAME-mrsa that names none"
+    default_effort: Effort | None = Field(
+        None,
+        title=_METHOD,
+        description="effort of a request to NAME-mrsa that names none; by default medium, and low with `embedded`",
     )
     default_temperature: float | None = Field(
         None,
@@ -120,10 +129,29 @@ class Settings(BaseSettings):
     max_deadline_s: Seconds = Field(86_400.0, title=_LIMITS, description="longest deadline of a run")
     max_budget_tokens: Count = Field(1_000_000_000, title=_LIMITS, description="largest token budget of a run")
 
+    max_unstreamed_s: Seconds = Field(
+        590.0,
+        title=_LIMITS,
+        description="longest worst case in seconds of a run that is not streamed; the SDKs give up at 600",
+    )
+    idempotency_keep_s: Seconds = Field(
+        600.0, title=_LIMITS, description="seconds for which an ended run answers to its Idempotency-Key"
+    )
+    max_idempotency_keys: Count = Field(
+        256, title=_LIMITS, description="ended runs that are kept for their Idempotency-Key"
+    )
+
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", title=_LOGS, description="least severity")
     log_format: Literal["auto", "json", "text"] = Field(
         "auto", title=_LOGS, description="`auto` is text in a terminal and JSON elsewhere"
     )
+
+    @property
+    def usual_effort(self) -> Effort:
+        """The effort of a request that asks for the method and names none."""
+        if self.default_effort is not None:
+            return self.default_effort
+        return Effort.LOW if self.engine == "embedded" else Effort.MEDIUM
 
     @property
     def usual_temperature(self) -> float:

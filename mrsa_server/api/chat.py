@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 import uuid
 from collections.abc import AsyncGenerator
@@ -20,8 +21,9 @@ from harness.run import Watch
 from harness.types import InvalidParams, Problem
 from mrsa_server.api.chunks import ChatChunks
 from mrsa_server.api.completion import Reply, completion
-from mrsa_server.api.effort import Wishes, check_limits, decide_params
-from mrsa_server.api.errors import ApiError, BadRequest, EngineFailed, of_params
+from mrsa_server.api.effort import Wishes, check_limits, check_thinking, check_unstreamed, decide_params
+from mrsa_server.api.errors import ApiError, BadRequest, EngineFailed, of_params, renamed
+from mrsa_server.api.idempotency import Asked, Kept, Keys, read_key
 from mrsa_server.api.models import ModelNames
 from mrsa_server.api.sse import KEEP_ALIVE, ClientGone, EventStream, until_gone
 from mrsa_server.api.wire import Chat, parse_chat, to_problem, to_wishes
@@ -35,6 +37,7 @@ router = APIRouter()
 _FIRST_BYTES_S = 0.5
 # Where an engine cannot count a prompt before it generates: few texts need more tokens than one for three characters.
 _CHARACTERS_PER_TOKEN = 3.0
+_LENGTH = re.compile(r"[0-9]{1,18}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,7 @@ class ChatService:
     runner: Runner
     models: ModelNames
     templates: Templates
+    keys: Keys
 
 
 @router.post("/v1/chat/completions")
@@ -53,28 +57,71 @@ async def chat_completions(request: Request) -> Response:
     service: ChatService = request.app.state.chat
     settings = service.settings
     try:
+        key = read_key(request.headers.get("idempotency-key"))
         raw = await read_body(request, settings.max_body_bytes, settings.body_timeout_s)
-        chat = parse_chat(raw, settings)
-        wishes = to_wishes(chat, service.models.runs_method(chat.model), settings.default_effort)
-        check_limits(wishes, settings)
-        name = uuid.uuid4().hex
-        reply = Reply(chat, f"chatcmpl-{name}", int(time.time()), effort=wishes.effort)
-
-        async def prepare(engine: ServedEngine) -> Prepared:
-            return await _prepare(service, reply, wishes, f"run_{name}", engine)
-
-        run = service.runner.submit(f"run_{name}", prepare)
-        if chat.body.stream:
+        found = service.keys.find(key, raw)
+        if isinstance(found, Kept):
+            return _replayed(found)
+        asked = found or _submit(service, raw)
+        if found is None and key is not None:
+            service.keys.put(key, raw, asked, lambda: _whole(service, asked))
+        run, reply = asked
+        if reply.chat.body.stream:
+            late = run.state is not None
             subscription = run.subscribe()  # before the run's first step, so that nothing of it is missed
-            return EventStream(lambda: _frames(run, subscription, reply, settings.keep_alive_s))
+            return EventStream(lambda: _frames(run, subscription, ChatChunks(run, reply, late), settings.keep_alive_s))
         async with until_gone(request.receive):
-            state = await run.finished()
-            body = await completion(run, state, reply, service.runner.host.engine)
-        return Response(orjson.dumps(body), media_type="application/json")
+            await run.finished()
+            body = await _whole(service, asked)
+        return Response(body, media_type="application/json")
     except InvalidParams as error:
         raise of_params(error) from None
     except ClientGone:
         return Response(status_code=499)  # nobody reads it
+
+
+def _submit(service: ChatService, raw: bytes) -> Asked:
+    """Check a body as far as that needs no engine, and let its run in.
+
+    Raises:
+        ApiError: It cannot be honoured, or there is no place for it.
+        InvalidParams: Likewise.
+    """
+    settings = service.settings
+    chat = parse_chat(raw, settings)
+    wishes = to_wishes(chat, service.models.runs_method(chat.model), settings.usual_effort)
+    try:
+        check_limits(wishes, settings)
+    except BadRequest as error:
+        raise renamed(error, chat.names) from None
+    name = uuid.uuid4().hex
+    reply = Reply(chat, f"chatcmpl-{name}", int(time.time()), effort=wishes.effort)
+
+    async def prepare(engine: ServedEngine) -> Prepared:
+        try:
+            return await _prepare(service, reply, wishes, f"run_{name}", engine)
+        except BadRequest as error:
+            raise renamed(error, chat.names) from None
+
+    return Asked(service.runner.submit(f"run_{name}", prepare, wishes.deadline_s), reply)
+
+
+async def _whole(service: ChatService, asked: Asked) -> bytes:
+    """The whole response of a run that has ended with an answer."""
+    run, reply = asked
+    assert run.state is not None  # it has ended without an error
+    if not reply.chat.body.stream:
+        return orjson.dumps(await completion(run, run.state, reply, service.runner.host.engine))
+    chunks = ChatChunks(run, reply, late=True)
+    return b"".join((*chunks.take(Prepared(run.state, Watch.NONE)), *chunks.finish(run.state)))
+
+
+def _replayed(kept: Kept) -> Response:
+    """A response that was given before."""
+    headers = {"idempotent-replayed": "true", **({"cache-control": "no-cache"} if kept.streamed else {})}
+    return Response(
+        kept.body, headers=headers, media_type=EventStream.media_type if kept.streamed else "application/json"
+    )
 
 
 async def _prepare(service: ChatService, reply: Reply, wishes: Wishes, run_id: str, engine: ServedEngine) -> Prepared:
@@ -92,6 +139,9 @@ async def _prepare(service: ChatService, reply: Reply, wishes: Wishes, run_id: s
         decided = decide_params(
             wishes, service.settings, chat.sampling, chat.seed, engine.vocabulary.context_tokens, question_tokens
         )
+        check_thinking(decided.params, engine.vocabulary)
+        if not chat.body.stream and not wishes.plain:
+            check_unstreamed(decided.params, service.runner.tokens_per_s, service.settings.max_unstreamed_s)
         priority = service.runner.next_priority()
         state = init(run_id, problem, decided.params, service.templates, priority)
     except InvalidParams as error:
@@ -130,10 +180,9 @@ def _ratio(vocabulary: Vocabulary) -> float:
 
 
 async def _frames(
-    run: Run, subscription: Subscription, reply: Reply, keep_alive_s: float
+    run: Run, subscription: Subscription, chunks: ChatChunks, keep_alive_s: float
 ) -> AsyncGenerator[bytes, None]:
-    """The stream of a run; closing it cancels the run."""
-    chunks = ChatChunks(run, reply)
+    """The stream of a run; closing it leaves the run."""
     silence_s = min(_FIRST_BYTES_S, keep_alive_s)
     try:
         while True:
@@ -168,8 +217,10 @@ async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes
         raise BadRequest("The charset must be utf-8.", code="invalid_content_type")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise BadRequest("The body must not be compressed.", code="invalid_content_encoding")
-    # A length that is no number never gets here: the HTTP parser refuses it.
-    if int(request.headers.get("content-length", "0")) > max_bytes:
+    length = request.headers.get("content-length", "0")
+    if not _LENGTH.fullmatch(length):
+        raise BadRequest("The content-length must be a number.", code="invalid_content_length")
+    if int(length) > max_bytes:
         raise _too_large(max_bytes)
     body = bytearray()
     try:

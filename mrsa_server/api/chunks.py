@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from harness.events import RolloutAborted, RolloutDelta, RolloutFailed, RolloutFinished, RunResumed
+from harness.events import DeadlineReached, RolloutAborted, RolloutDelta, RolloutFailed, RolloutFinished, RunResumed
 from harness.markovian_rsa import State
 from harness.selection import extract_answer
 from harness.types import Params, Rollout, Slot
@@ -26,6 +26,7 @@ from mrsa_server.api.sse import DONE, frame
 from mrsa_server.api.tools import CallReader, Reading, read_forced
 from mrsa_server.runs.runner import Item, Prepared, RoundFinished, RoundStarted, Run
 
+_MOST_ENDS = 8  # places that are told apart where characters were sent in pieces
 _SNIPPET = 200  # characters of an answer or an error in a progress event
 
 
@@ -33,9 +34,17 @@ class ChatChunks:
     """Turns one run into one stream, item by item.
 
     With one candidate its answer is written as it comes; with several only the end tells which is the answer.
+
+    Args:
+        run: What is read.
+        reply: What it answers.
+        late: Whether its beginning is not read: then nothing is written as it comes, and the end holds the answer.
     """
 
-    def __init__(self, run: Run, reply: Reply) -> None:
+    def __init__(self, run: Run, reply: Reply, late: bool = False) -> None:
+        self._late = late
+        self._over = False  # a deadline ends it: what is lost now is not begun anew
+        self._notes: list[str] = []
         self._run = run
         self._reply = reply
         self._chat = reply.chat
@@ -61,7 +70,10 @@ class ChatChunks:
             case RoundStarted(round, rollouts):
                 yield self._event("round.started", round=round, rollouts=rollouts)
             case RolloutDelta():
-                yield from self._delta(item)
+                if not self._late:
+                    yield from self._delta(item)
+            case DeadlineReached():
+                self._over = True
             case RolloutFinished(rollout) | RolloutAborted(rollout):
                 yield self._rollout(rollout)
             case RolloutFailed(slot, error, usage, seconds):
@@ -76,7 +88,7 @@ class ChatChunks:
                     error=error[:_SNIPPET],
                 )
             case RunResumed(slots):
-                if self._live.slot in slots:
+                if self._live.slot in slots and not self._over:
                     raise EngineFailed("the engine was lost after a part of the answer had been sent")
                 yield self._event("run.resumed", rollouts=len(slots))
             case RoundFinished(round, stats, seconds):
@@ -110,7 +122,8 @@ class ChatChunks:
                     else Reading(choice.content, choice.calls)
                 )
                 yield from self._text(reading, index, role)
-        yield self._event("run.finished", **report(self._run, self._reply))
+        found = report(self._run, self._reply)
+        yield self._event("run.finished", **{**found, "warnings": [*self._reply.warnings, *self._notes]})
         for index, choice in enumerate(choices):
             yield self._chunk({}, index=index, finish=choice.finish)
         if self._with_usage:
@@ -121,7 +134,7 @@ class ChatChunks:
     def _cut(self, state: State, live: Slot, best: Choice) -> Choice:
         """A deadline cut the answer that was being sent: it stays as it stands, the better one goes into the report."""
         text = f"the deadline cut the answer that was being sent; one of round {best.slot.round} is: {best.content}"
-        self._reply.warnings += (text,)
+        self._notes.append(text)
         slot = live if live in state.rollouts else best.slot
         return Choice("", (), "length", slot)
 
@@ -175,7 +188,7 @@ class ChatChunks:
         if self._mode != "rounds" or slot.round == params.rounds or not rollout.tail:
             return self._chunk({}, extension)
         tokens = f"{rollout.usage.completion_tokens:,}"
-        heading = f"[round {slot.round}, rollout {slot.index + 1} of {params.population}: {tokens} tokens]"
+        heading = f"[round {slot.round}, rollout {slot.index}: {tokens} tokens]"
         text = f"{heading}\n{rollout.tail.text}\n\n"
         return self._chunk({"reasoning": text, "reasoning_content": text}, extension)
 
@@ -220,18 +233,22 @@ class _LiveAnswer:
         # Rules reach the engine after the thinking alone: without any, the model may still be asked a second time.
         self._bound = rules.json_schema is not None or bool(rules.stop)
         self._reader = CallReader(reply.chat.tools) if reply.chat.tools and not reply.chat.forced else None
-        self._seen = ""
-        self._blank = ""  # space at the end is not sent before something follows it: answers are stripped
+        self._seen: list[str] = []
+        self._blank: list[str] = []  # space at the end is not sent before something follows it: answers are stripped
 
     def take(self, item: RolloutDelta) -> Reading:
         """What may be sent after a delta of the answer."""
         if self._chat.forced or (self._bound and self._reply.thinks and not self.thought):
             return Reading("", ())
-        text = self._blank + item.text if self._seen else item.text.lstrip()
-        self._blank = text[len(text.rstrip()) :]
-        text = text[: len(text) - len(self._blank)]
-        if not text:
+        text = item.text if self._seen else item.text.lstrip()
+        written = text.rstrip()
+        blank = text[len(written) :]
+        if not written:
+            if self._seen:
+                self._blank.append(blank)
             return Reading("", ())
+        text = "".join((*self._blank, written))
+        self._blank = [blank]
         self.slot = item.slot
         return self._send(text)
 
@@ -245,7 +262,7 @@ class _LiveAnswer:
             reading = read_forced(answer, self._chat.tools)
             self.calls = len(reading.calls)
             return reading
-        end = _end_of(self._seen, answer)
+        end = _end_of("".join(self._seen), answer)
         if end is None:
             raise EngineFailed("the answer became another one while it was sent")
         rest = answer[end:]
@@ -256,7 +273,7 @@ class _LiveAnswer:
         return Reading(first.text + last.text, first.calls + last.calls)
 
     def _send(self, text: str) -> Reading:
-        self._seen += text
+        self._seen.append(text)
         return self._count(self._reader.feed(text)) if self._reader else Reading(text, ())
 
     def _count(self, reading: Reading) -> Reading:
@@ -268,19 +285,35 @@ class _LiveAnswer:
 def _end_of(sent: str, answer: str) -> int | None:
     """Where in an answer ends what was sent of it; None where it is none of it.
 
-    Text decoded piece by piece may differ in its spaces and end in half a character; and a string that stops the answer
-    may have been sent before it was known as one.
+    Text decoded piece by piece may differ in its spaces and in characters that were cut into pieces, each of which was
+    sent as U+FFFD; and a string that stops the answer may have been sent before it was known as one.
     """
-    at = 0
-    for character in sent.rstrip("\ufffd"):
+    sent = sent.rstrip("\ufffd")
+    if answer.startswith(sent):
+        return len(sent)
+    ends: tuple[int, ...] = (
+        0,
+    )  # where it may end so far, ascending: a piece of a character is one of the answer's, or part of one
+    for character in sent:
         if character.isspace():
             continue
-        while at < len(answer) and answer[at].isspace():
-            at += 1
-        if at == len(answer):
+        if len(ends) == 1 and answer[ends[0] : ends[0] + 1] == character:
+            ends = (ends[0] + 1,)
+            continue
+        ends = tuple(sorted({_skip(answer, end) for end in ends}))
+        if ends[0] == len(answer):
             break
-        if answer[at] != character:
+        if character == "\ufffd":
+            ends = tuple(sorted({*ends, *(min(end + 1, len(answer)) for end in ends)}))[-_MOST_ENDS:]
+            continue
+        ends = tuple(end + 1 for end in ends if answer[end : end + 1] == character)
+        if not ends:
             return None
+    return ends[-1]
+
+
+def _skip(answer: str, at: int) -> int:
+    while at < len(answer) and answer[at].isspace():
         at += 1
     return at
 

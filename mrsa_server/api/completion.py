@@ -132,6 +132,7 @@ def report(run: Run, reply: Reply) -> dict[str, object]:
                 "failed": stats.failed,
                 "aborted": stats.aborted,
                 "skipped": skipped[number],
+                "looped": sum(rollout.loop for slot, rollout in state.rollouts.items() if slot.round == number),
                 "tokens": stats.usage.completion_tokens,
                 "seconds": round(run.seconds(number), 3),
             }
@@ -143,7 +144,12 @@ def report(run: Run, reply: Reply) -> dict[str, object]:
         **started(state, reply),
         "rounds": rounds,
         "answers": [
-            {"round": slot.round, "index": slot.index, "votes": votes}
+            {
+                "round": slot.round,
+                "index": slot.index,
+                "votes": votes,
+                "finish": state.rollouts[slot].finish.value,
+            }
             for slot, votes in zip(outcome.candidates, outcome.votes, strict=True)
         ],
         "stopped": outcome.stopped.value if outcome.stopped else None,

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from harness.engine import Vocabulary
 from harness.types import Carry, Params, Sampling, Selection
 from mrsa_server.api.errors import BadRequest
 from mrsa_server.settings import Effort, Settings
@@ -109,6 +110,45 @@ def check_limits(wishes: Wishes, settings: Settings) -> None:
             raise BadRequest(f"{param}: must be at most {limit:g} on this server, not {value:g}", param)
     if wishes.choices > settings.max_population:
         raise BadRequest(f"n: must be at most {settings.max_population} on this server, not {wishes.choices}", "n")
+
+
+def check_thinking(params: Params, vocabulary: Vocabulary) -> None:
+    """Refuse rollouts that would end before the first thought, at the mark that opens it.
+
+    Raises:
+        BadRequest: With the least that does.
+    """
+    least = len(vocabulary.think_open) + 1
+    if vocabulary.think_close and params.rounds and params.rollout_tokens < least:
+        param = "mrsa.rollout_tokens"
+        raise BadRequest(
+            f"{param}: must be at least {least} with a model that thinks, not {params.rollout_tokens}", param
+        )
+
+
+def check_unstreamed(params: Params, tokens_per_s: float | None, limit_s: float) -> None:
+    """Refuse a response that its client would give up waiting for.
+
+    Args:
+        params: Of the run.
+        tokens_per_s: The most that a rollout was seen to make; None where none was yet, and nothing is refused.
+        limit_s: Seconds that clients wait for the first byte.
+
+    Raises:
+        BadRequest: With what would do.
+    """
+    if tokens_per_s is None or (params.deadline_s is not None and params.deadline_s <= limit_s):
+        return
+    tokens = params.rounds * params.rollout_tokens + params.final_tokens
+    seconds = tokens / tokens_per_s
+    if seconds > limit_s:
+        raise BadRequest(
+            f"stream: this run can take {tokens} tokens one after the other, {seconds:.0f} s at {tokens_per_s:.0f} "
+            f"tokens/s, and clients give up without a first byte: set stream to true, or mrsa.deadline_s to at most "
+            f"{limit_s:g}, or ask for less effort",
+            "stream",
+            "stream_required",
+        )
 
 
 def decide_params(

@@ -3,6 +3,7 @@
 ApiError
     BadRequest         400  the request cannot be honoured as it stands; names the field and the limit
     UnknownModel       404  no such model is served here
+    KeyInUse           409  the idempotency key stands for another body
     Overloaded         503  too many runs at once; a retry may succeed
     ShuttingDown       503  this server is about to leave; another one may answer
     EngineUnavailable  503  the engine is starting or gone; a retry may succeed
@@ -12,6 +13,8 @@ ApiError
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import orjson
 from starlette.responses import Response
@@ -32,7 +35,8 @@ _TOP_LEVEL = frozenset(
         "repetition_penalty",
     }
 )
-_NO_RETRY = (("x-should-retry", "false"),)
+# Where a retry of the SDK's would cost a second run.
+NO_RETRY = (("x-should-retry", "false"),)
 
 
 class ApiError(Exception):
@@ -53,6 +57,20 @@ class ApiError(Exception):
         self.param = param
         self.headers = headers
 
+    @property
+    def final(self) -> bool:
+        """Whether a client is told not to ask again."""
+        return NO_RETRY[0] in self.headers
+
+    def copy(self) -> ApiError:
+        """The same without the frames that it came through."""
+        return ApiError(self.status, self.code, self.message, self.param, self.headers)
+
+    def unretried(self) -> ApiError:
+        """The same error where work was done already: the SDKs are told not to repeat it."""
+        headers = tuple(header for header in self.headers if header[0] != "retry-after")
+        return ApiError(self.status, self.code, self.message, self.param, (*headers, *NO_RETRY))
+
     def body(self) -> dict[str, object]:
         """What the client reads, in a response and in a stream alike."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
@@ -71,6 +89,14 @@ class UnknownModel(ApiError):
 
     def __init__(self, model: str) -> None:
         super().__init__(404, "model_not_found", f"The model {model!r} is not served here.", "model")
+
+
+class KeyInUse(ApiError):
+    """The idempotency key stands for another body."""
+
+    def __init__(self) -> None:
+        message = "This Idempotency-Key was used with another body: give each request a key of its own."
+        super().__init__(409, "idempotency_key_in_use", message, headers=NO_RETRY)
 
 
 class Overloaded(ApiError):
@@ -108,7 +134,7 @@ class EngineFailed(ApiError):
     """The run has no answer and never will."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__(502, "engine_error", f"The run has no answer: {reason}", headers=_NO_RETRY)
+        super().__init__(502, "engine_error", f"The run has no answer: {reason}", headers=NO_RETRY)
 
 
 class DeadlinePassed(ApiError):
@@ -116,13 +142,26 @@ class DeadlinePassed(ApiError):
 
     def __init__(self, deadline_s: float) -> None:
         message = f"No answer within mrsa.deadline_s={deadline_s:g}."
-        super().__init__(504, "deadline_exceeded", message, "mrsa.deadline_s", _NO_RETRY)
+        super().__init__(504, "deadline_exceeded", message, "mrsa.deadline_s", NO_RETRY)
 
 
 def of_params(error: InvalidParams) -> BadRequest:
     """A parameter that the method refuses, under the name that the client gave it."""
     param = error.field if error.field in _TOP_LEVEL else f"mrsa.{error.field}"
     return BadRequest(f"{param}: {str(error).partition(': ')[2]}", param)
+
+
+def renamed(error: BadRequest, names: Mapping[str, str]) -> BadRequest:
+    """The error under the name that the client wrote, where that is another one than ours.
+
+    Args:
+        error: It may blame a field of `mrsa`.
+        names: The client's name for each field of `mrsa` that it knows under another one.
+    """
+    name = names.get((error.param or "").removeprefix("mrsa."))
+    if name is None or error.param is None or not error.param.startswith("mrsa."):
+        return error
+    return BadRequest(error.message.replace(error.param, name), name, error.code)
 
 
 def to_response(error: ApiError) -> Response:

@@ -1,8 +1,4 @@
-"""Tool calls and JSON schemas: what a client may ask of the last answer, and the calls found in an answer.
-
-A client's schema becomes a grammar in the engine, and hostile grammars have killed engines: so every schema is bounded
-here before anything compiles it.
-"""
+"""Tool calls: what a client may ask of the last answer, and the calls found in an answer."""
 
 from __future__ import annotations
 
@@ -15,20 +11,8 @@ import orjson
 
 from mrsa_server.api.errors import BadRequest
 
-MAX_SCHEMA_BYTES = 65_536
-MAX_SCHEMA_DEPTH = 32
-_MAX_PATTERN = 256  # characters
-_MAX_REPEATS = 1_024  # product of all counts in a pattern: what its automaton can grow to
-_MAX_COUNTS: Mapping[str, int] = {
-    "minLength": 16_384,
-    "maxLength": 16_384,
-    "minItems": 1_024,
-    "maxItems": 1_024,
-    "minProperties": 1_024,
-    "maxProperties": 1_024,
-}
-_COUNT = re.compile(r"\{(\d*),?(\d*)\}")
-_LOOKS = re.compile(r"\(\?[=!<]|\\[1-9]|\(\?P")
+# Of the grammar of a call: tools by the dozen are each harmless, and together none that an engine should compile.
+MAX_CALL_BYTES = 131_072
 _MAX_CALLS = 16
 
 Json = Mapping[str, object]
@@ -64,56 +48,12 @@ class Reading(NamedTuple):
     calls: tuple[Call, ...]
 
 
-def check_schema(schema: Json, param: str) -> str:
-    """The schema as JSON text, once it is known to be harmless.
+def call_schema(tools: Sequence[Tool], several: bool) -> str:
+    """The schema of an answer that must be a call: `{"name", "arguments"}`, or an array of such.
 
     Raises:
-        BadRequest: If it is too large or too deep, refers to anything outside itself, or holds a pattern or a count
-            that an engine could choke on.
+        BadRequest: The tools together are more than a grammar should hold.
     """
-    _check_node(schema, param, 0)
-    text = orjson.dumps(schema).decode()
-    if len(text) > MAX_SCHEMA_BYTES:
-        raise BadRequest(f"{param}: must be at most {MAX_SCHEMA_BYTES} bytes, not {len(text)}", param)
-    return text
-
-
-def _check_node(node: object, param: str, depth: int) -> None:
-    if depth > MAX_SCHEMA_DEPTH:
-        raise BadRequest(f"{param}: must be at most {MAX_SCHEMA_DEPTH} levels deep", param)
-    if isinstance(node, list):
-        for child in node:
-            _check_node(child, param, depth + 1)
-    if not isinstance(node, dict):
-        return
-    for key, value in node.items():
-        if key in ("$ref", "$dynamicRef", "$recursiveRef") and isinstance(value, str) and not value.startswith("#"):
-            raise BadRequest(f"{param}: {key} must point into the schema itself (#/...)", param)
-        if key == "pattern" and isinstance(value, str):
-            _check_pattern(value, param)
-        if key == "patternProperties" and isinstance(value, dict):
-            for pattern in value:
-                _check_pattern(pattern, param)
-        limit = _MAX_COUNTS.get(key)
-        if limit is not None and isinstance(value, int | float) and value > limit:
-            raise BadRequest(f"{param}: {key} must be at most {limit}, not {value:g}", param)
-        _check_node(value, param, depth + 1)
-
-
-def _check_pattern(pattern: str, param: str) -> None:
-    if len(pattern) > _MAX_PATTERN:
-        raise BadRequest(f"{param}: a pattern must be at most {_MAX_PATTERN} characters, not {len(pattern)}", param)
-    if _LOOKS.search(pattern):
-        raise BadRequest(f"{param}: a pattern must not look around or refer back", param)
-    repeats = 1
-    for low, high in _COUNT.findall(pattern):
-        repeats *= max(1, int(low or 1), int(high or 1))
-        if repeats > _MAX_REPEATS:
-            raise BadRequest(f"{param}: the counts of a pattern must multiply to at most {_MAX_REPEATS}", param)
-
-
-def call_schema(tools: Sequence[Tool], several: bool) -> str:
-    """The schema of an answer that must be a call: `{"name", "arguments"}`, or an array of such."""
     shared: dict[str, object] = {}
     shapes: list[Json] = []
     for tool in tools:
@@ -131,7 +71,13 @@ def call_schema(tools: Sequence[Tool], several: bool) -> str:
         )
     shape: Json = shapes[0] if len(shapes) == 1 else {"anyOf": shapes}
     schema: Json = {"type": "array", "minItems": 1, "maxItems": _MAX_CALLS, "items": shape} if several else shape
-    return orjson.dumps({**schema, "$defs": shared} if shared else schema).decode()
+    text = orjson.dumps({**schema, "$defs": shared} if shared else schema)
+    if len(text) > MAX_CALL_BYTES:
+        raise BadRequest(
+            f"tools: the schemas of a call that must be made may have {MAX_CALL_BYTES} bytes together, not {len(text)}",
+            "tools",
+        )
+    return text.decode()
 
 
 def _repoint(node: object, root: str) -> object:
@@ -174,6 +120,7 @@ def _call(value: object, tools: Sequence[Tool]) -> Call | None:
 
 # The two ways in which today's open models write a call: Hermes and Qwen, and ZAYA1.
 _BLOCKS = (("<tool_call>", "</tool_call>"), ("<zyphra_tool_call>", "</zyphra_tool_call>"))
+_OPEN = re.compile("|".join(re.escape(mark) for mark, _ in _BLOCKS))
 _FUNCTION = re.compile(r"\s*<function=([^<>\s]{1,64})>(.*?)(?:</function>|\Z)\s*\Z", re.DOTALL)
 _PARAMETER = re.compile(r"<parameter=([^<>\s]{1,256})>(.*?)(?:</parameter>|(?=<parameter=)|\Z)", re.DOTALL)
 
@@ -186,46 +133,53 @@ class CallReader:
 
     def __init__(self, tools: Sequence[Tool]) -> None:
         self._tools = tuple(tools)
-        self._held = ""
+        self._held = ""  # the end of the text: what could be the start of a mark
+        self._block: list[str] = []  # what stands of an open block before `_held`
+        self._close = ""  # the mark that ends it; empty outside of a block
         self._calls = 0
 
     def feed(self, text: str) -> Reading:
-        """Text and calls that are certain after `text`."""
-        self._held += text
+        """Text and calls that are certain after `text`. Each character is looked at a few times, however they come."""
+        text = self._held + text
         out: list[str] = []
         calls: list[Call] = []
+        at = 0
         while True:
-            start, close = self._find_open()
-            if start < 0:
-                keep = _partial_suffix(self._held, [mark for mark, _ in _BLOCKS])
-                out.append(self._held[: len(self._held) - keep])
-                self._held = self._held[len(self._held) - keep :]
-                break
-            out.append(self._held[:start])
-            self._held = self._held[start:]
-            end = self._held.find(close)
+            if not self._close:
+                match = _OPEN.search(text, at)
+                if match is None:
+                    keep = _partial_suffix(text[at:], [mark for mark, _ in _BLOCKS])
+                    out.append(text[at : len(text) - keep])
+                    break
+                out.append(text[at : match.start()])
+                self._close = dict(_BLOCKS)[match[0]]
+                self._block.append(match[0])
+                at = match.end()
+            end = text.find(self._close, at)
             if end < 0:
+                keep = min(len(text) - at, len(self._close) - 1)
+                self._block.append(text[at : len(text) - keep])
                 break
-            block, self._held = self._held[: end + len(close)], self._held[end + len(close) :]
-            self._take(block, close, out, calls)
+            self._block.append(text[at : end + len(self._close)])
+            at = end + len(self._close)
+            self._take(out, calls)
+        self._held = text[len(text) - keep :]
         return Reading("".join(out), tuple(calls))
 
     def close(self) -> Reading:
         """What is left at the end; a call whose closing mark is missing counts if it is whole otherwise."""
-        block, self._held = self._held, ""
+        held, self._held = self._held, ""
+        if not self._close:
+            return Reading(held, ())
+        self._block.append(held)
         out: list[str] = []
         calls: list[Call] = []
-        close = next((close for mark, close in _BLOCKS if block.startswith(mark)), None)
-        if close is None:
-            return Reading(block, ())
-        self._take(block, close, out, calls)
+        self._take(out, calls)
         return Reading("".join(out), tuple(calls))
 
-    def _find_open(self) -> tuple[int, str]:
-        found = [(self._held.find(mark), close) for mark, close in _BLOCKS if mark in self._held]
-        return min(found, default=(-1, ""))
-
-    def _take(self, block: str, close: str, out: list[str], calls: list[Call]) -> None:
+    def _take(self, out: list[str], calls: list[Call]) -> None:
+        block, close = "".join(self._block), self._close
+        self._block, self._close = [], ""
         inner = block[len(close) - 1 :].removesuffix(close)
         call = self._parse(inner)
         if call is None or self._calls >= _MAX_CALLS:
@@ -265,8 +219,9 @@ def _typed(text: str, name: str, tool: Tool) -> object:
 def _partial_suffix(text: str, marks: Sequence[str]) -> int:
     """Characters at the end of `text` that could be the start of a mark."""
     longest = max(len(mark) for mark in marks) - 1
-    for size in range(min(longest, len(text)), 0, -1):
-        if any(mark.startswith(text[-size:]) for mark in marks):
+    end = text[-longest:]
+    for size in range(len(end), 0, -1):
+        if any(mark.startswith(end[-size:]) for mark in marks):
             return size
     return 0
 

@@ -27,7 +27,8 @@ from pydantic_core import PydanticCustomError
 from harness.types import AnswerRules, Carry, Message, Params, Problem, Sampling, Selection, ToolCall
 from mrsa_server.api.effort import Wishes
 from mrsa_server.api.errors import BadRequest
-from mrsa_server.api.tools import Tool, call_schema, check_schema
+from mrsa_server.api.schemas import MAX_TOOLS_BYTES, check_schema
+from mrsa_server.api.tools import Tool, call_schema
 from mrsa_server.api.zyphra import translate
 from mrsa_server.settings import Effort, Settings
 
@@ -292,6 +293,7 @@ class Chat(NamedTuple):
         tools: Tools that the model may call; empty with `tool_choice` none.
         forced: Whether the answer must be a call.
         warnings: What was not taken literally.
+        names: The client's name for each field of `mrsa` that it wrote under another one.
     """
 
     model: str
@@ -302,6 +304,7 @@ class Chat(NamedTuple):
     tools: tuple[Tool, ...]
     forced: bool
     warnings: tuple[str, ...]
+    names: Mapping[str, str]
 
 
 def parse_chat(raw: bytes, settings: Settings) -> Chat:
@@ -322,7 +325,7 @@ def parse_chat(raw: bytes, settings: Settings) -> Chat:
         body = ChatBody.model_validate(data)
     except ValidationError as error:
         raise _of_validation(error, data, names) from None
-    return _to_chat(body, settings, warnings)
+    return _to_chat(body, settings, warnings, names)
 
 
 def _of_validation(error: ValidationError, data: dict[str, Any], names: Mapping[str, str]) -> BadRequest:
@@ -357,7 +360,7 @@ def _of_validation(error: ValidationError, data: dict[str, Any], names: Mapping[
     return BadRequest(f"{param or 'body'}: {message}{tail}", param or None, code)
 
 
-def _to_chat(body: ChatBody, settings: Settings, warnings: list[str]) -> Chat:
+def _to_chat(body: ChatBody, settings: Settings, warnings: list[str], names: Mapping[str, str]) -> Chat:
     messages = tuple(
         _to_message(message, f"messages.{index}", settings.inline_images, warnings)
         for index, message in enumerate(body.messages)
@@ -381,6 +384,7 @@ def _to_chat(body: ChatBody, settings: Settings, warnings: list[str]) -> Chat:
         tools=tools,
         forced=forced,
         warnings=tuple(warnings),
+        names=names,
     )
 
 
@@ -452,13 +456,16 @@ def _part_text(
 def _to_tools(body: ChatBody) -> tuple[tuple[Tool, ...], bool]:
     """The tools that the answer may use, and whether it must use one."""
     tools: list[Tool] = []
+    sizes = 0
     for index, tool in enumerate(body.tools or ()):
         function = tool.function
         param = f"tools.{index}.function"
         if any(function.name == other.name for other in tools):
             raise BadRequest(f"{param}.name: {function.name!r} is there twice", f"{param}.name")
         parameters = function.parameters or {"type": "object", "properties": {}}
-        check_schema(parameters, f"{param}.parameters")
+        sizes += len(check_schema(parameters, f"{param}.parameters"))
+        if sizes > MAX_TOOLS_BYTES:
+            raise BadRequest(f"tools: all schemas together must be at most {MAX_TOOLS_BYTES} bytes", "tools")
         tools.append(Tool(function.name, function.description, parameters))
     choice = body.tool_choice
     if not tools:
@@ -492,6 +499,12 @@ def _to_schema(body: ChatBody, tools: tuple[Tool, ...], forced: bool) -> str | N
     return check_schema(body.response_format.json_schema.schema_, "response_format.json_schema.schema")
 
 
+# Under the plain name these ask for the method; the others (a seed, a deadline, what to stream) mean any generation.
+_SHAPE = frozenset(
+    {"population", "rounds", "set_size", "rollout_tokens", "tail_tokens", "final_candidates", "carry", "selection"}
+)
+
+
 def to_wishes(chat: Chat, method: bool, default_effort: Effort) -> Wishes:
     """What the client asks of the method.
 
@@ -510,7 +523,8 @@ def to_wishes(chat: Chat, method: bool, default_effort: Effort) -> Wishes:
     elif named is not None:
         effort = Effort(named)
     else:
-        effort = default_effort if method or body.mrsa is not None else Effort.NONE
+        shaped = body.mrsa is True or bool(mrsa.model_fields_set & _SHAPE)
+        effort = default_effort if method or shaped else Effort.NONE
     wishes = Wishes(
         effort=effort,
         choices=body.n or 1,

@@ -54,38 +54,59 @@ def translate(data: dict[str, Any]) -> tuple[dict[str, Any], Mapping[str, str], 
         The body with `mrsa` in place of their fields, the name that the client used for each field, and warnings.
 
     Raises:
-        BadRequest: If it asks for summaries in place of tails, or names a field in both ways.
+        BadRequest: If it asks for summaries in place of tails, or contradicts `mrsa`.
     """
     theirs = data.keys() & _ALL
     if not theirs:
         return data, {}, []
-    mrsa: dict[str, Any] = {"effort": "max"}  # their defaults: T=8, K=4, N=32, 32K tokens, tails of 4K
+    rest = {name: value for name, value in data.items() if name not in _ALL}
+    warnings = [
+        f"{name} is not supported and was ignored"
+        for name in sorted(theirs)
+        if name in _WARNED and data[name] not in (False, None)
+    ]
+    for name in _SUMMARIES:
+        if data.get(name) not in (False, None):
+            raise BadRequest(f"{name}: summaries in place of tails are not supported", name, "unsupported_parameter")
+    asking = sorted(name for name in theirs if _asks(name, data[name]))
+    if not asking:
+        return rest, {}, warnings
+    given = data.get("mrsa")
+    if given is False:
+        raise BadRequest(f"{asking[0]}: mrsa is false, which says that the method is not to run", asking[0])
+    if given is not None and given is not True and not isinstance(given, dict):
+        raise BadRequest(f"mrsa: must be an object beside {asking[0]}", "mrsa")
+    own: dict[str, Any] = given if isinstance(given, dict) else {}
+    mrsa: dict[str, Any] = {"effort": "max", **own}  # their defaults: T=8, K=4, N=32, 32K tokens, tails of 4K
     names: dict[str, str] = {}
-    warnings: list[str] = []
-    if isinstance(data.get("mrsa"), dict):
-        mrsa |= data["mrsa"]
-    for name in sorted(theirs):
-        value = data[name]
+    for name in asking:
         ours = _FIELDS.get(name)
-        if ours is not None and value is not None:
+        if ours is not None:
             if ours in mrsa:
                 raise BadRequest(
                     f"{name}: mrsa.{ours} or {names.get(ours, 'mrsa')} says the same: give one of them", name
                 )
-            mrsa[ours], names[ours] = value, name
-        elif name in _SUMMARIES and value not in (False, None):
-            raise BadRequest(f"{name}: summaries in place of tails are not supported", name, "unsupported_parameter")
-        elif name in _PACORE and value not in (False, None):
+            mrsa[ours], names[ours] = data[name], name
+        elif name in _PACORE:
             mrsa.setdefault("carry", "answer")
-        elif name in _WARNED and value not in (False, None):
-            warnings.append(f"{name} is not supported and was ignored")
-    if any(data.get(name) is False for name in _TAILS):
-        mrsa["tail_tokens"] = mrsa.get("rollout_tokens", 32_768)
+    whole = next((name for name in _TAILS if data.get(name) is False), None)
+    if whole is not None:
+        if "tail_tokens" in own:
+            raise BadRequest(f"{whole}: false says that rollouts are read whole, mrsa.tail_tokens that not", whole)
+        mrsa["tail_tokens"], names["tail_tokens"] = mrsa.get("rollout_tokens", 32_768), whole
     elif "tail_tokens" in names:
         warnings.append(f"{names['tail_tokens']} counts tokens of the reasoning here, not words of the answer")
-    if mrsa.get("rounds") == 0 and "rounds" in names:
-        mrsa = {"effort": "none"}  # there, T=0 is one ordinary generation
+    if mrsa.get("rounds") == 0 and "rounds" in names:  # there, T=0 is one ordinary generation
+        if "effort" in own:
+            raise BadRequest(f"{names['rounds']}: 0 is one ordinary generation, mrsa.effort says more", names["rounds"])
+        mrsa = {**own, "effort": "none"}
     if mrsa.get("final_candidates") == 0 and "final_candidates" in names:
         mrsa["final_candidates"] = mrsa.get("population", 32)
-    rest = {name: value for name, value in data.items() if name not in _ALL}
     return {**rest, "mrsa": mrsa}, names, warnings
+
+
+def _asks(name: str, value: object) -> bool:
+    """Whether a field asks for the method: one that only says how to report on it does not."""
+    if name in _FIELDS or name in _TAILS:
+        return value is not None
+    return name in _PACORE and value not in (False, None)

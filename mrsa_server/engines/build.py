@@ -51,6 +51,7 @@ def build(settings: Settings) -> ServedEngine:
                 settings.engine_url,
                 settings.model,
                 api_key=key.get_secret_value() if key else None,
+                read_timeout_s=settings.engine_timeout_s,
                 priority=settings.engine_priority,
             )
         case "vllm":

@@ -1,6 +1,7 @@
 """Owns the task of every run. A run goes on by itself; who reads it subscribes, and never slows it.
 
-Each run has one writer, its own task. A run whose last reader has left is cancelled, and nothing of it is kept.
+Each run has one writer, its own task. A run whose last reader has left is cancelled. Nothing of a run that has ended is
+kept here.
 """
 
 from __future__ import annotations
@@ -8,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import structlog
 
 from harness.engine import EngineDead
 from harness.events import (
+    DeadlineReached,
     Event,
     RolloutAborted,
     RolloutDelta,
@@ -27,11 +28,12 @@ from harness.events import (
     RunResumed,
     Stopped,
 )
-from harness.markovian_rsa import RoundStats, State
-from harness.run import RunEvents, Watch, open_run
+from harness.markovian_rsa import RoundStats, State, apply
+from harness.run import Watch, open_run
 from harness.selection import MathJudge
-from harness.types import Slot, Trace
+from harness.types import Rollout, Slot, Trace
 from mrsa_server.api.errors import (
+    NO_RETRY,
     ApiError,
     DeadlinePassed,
     EngineFailed,
@@ -48,6 +50,8 @@ _RETRY_AFTER_S = 5
 # An engine that dies again before any rollout has ended is not worth a sixth try.
 _MOST_DEATHS = 5
 _FIRST_PAUSE_S = 0.05
+# Fewer tokens tell little of an engine's speed: the prompt and the start take their share of the seconds.
+_MEASURED_TOKENS = 512
 # What a server answers to a request that would be refused the next time too.
 _REFUSALS = frozenset({400, 413, 422})
 
@@ -174,9 +178,13 @@ class Run:
         traces: Of the last round; a reader that shows its reasoning needs them.
         error: Why it has no answer.
         failures: With which HTTP statuses its rollouts failed.
+        deadline: When it has to have ended, on the loop's clock; waiting counts. None for whenever.
+        cancelled: Whether it was told to end.
     """
 
     id: str
+    deadline: float | None = None
+    cancelled: bool = False
     state: State | None = None
     traces: dict[Slot, Trace] = field(default_factory=dict)
     error: ApiError | None = None
@@ -185,12 +193,15 @@ class Run:
     clocks: dict[int, _Clock] = field(default_factory=dict)
     _subscriptions: list[Subscription] = field(default_factory=list)
     _reported: set[int] = field(default_factory=set)
+    _waiting: int = 0  # for the end alone
     _ended: bool = False
 
     def subscribe(self) -> Subscription:
-        """Read the run from here on; whoever does has to `leave`."""
+        """Read the run from here on; whoever does has to `leave`. A late reader gets a `Prepared` of its own."""
         subscription = Subscription()
         self._subscriptions.append(subscription)
+        if self.state is not None and not (self._ended and self.error):
+            subscription.put(Prepared(self.state, Watch.NONE))
         if self._ended:
             subscription.end(self.error)
         return subscription
@@ -198,21 +209,29 @@ class Run:
     def leave(self, subscription: Subscription) -> None:
         """Read no further. When the last reader has left, the run is cancelled."""
         self._subscriptions.remove(subscription)
-        if not self._subscriptions:
+        self._left()
+
+    def _left(self) -> None:
+        if not self._subscriptions and not self._waiting and not self._ended:
             self.cancel()
 
+    async def ended(self) -> None:
+        """Wait for the end, without being a reader."""
+        assert self.task is not None  # `Runner.submit` gives it one
+        await asyncio.wait((self.task,))
+
     async def finished(self) -> State:
-        """Wait for the end.
+        """Wait for the end as a reader.
 
         Raises:
             ApiError: The run has no answer.
         """
-        assert self.task is not None  # `Runner.submit` gives it one
+        self._waiting += 1
         try:
-            await asyncio.wait((self.task,))
+            await self.ended()
         finally:
-            if not self._subscriptions:
-                self.cancel()
+            self._waiting -= 1
+            self._left()
         if self.error is not None:
             raise self.error
         assert self.state is not None  # a run that ended by itself and without an error was prepared
@@ -227,6 +246,7 @@ class Run:
         """End the run now; with an error, those who still read it are told."""
         if error is not None and self.error is None:
             self.error = error
+        self.cancelled = True
         if self.task is not None:
             self.task.cancel()
 
@@ -289,6 +309,7 @@ class Runner:
     ) -> None:
         self.host = host
         self.draining = False
+        self.tokens_per_s: float | None = None  # of the fastest rollout that was long enough to tell
         self._metrics = metrics
         self._max_runs = max_runs
         self._max_queued = max_queued
@@ -302,12 +323,13 @@ class Runner:
         """The priority of the next run: older runs come first in the engine."""
         return next(self._numbers)
 
-    def submit(self, run_id: str, prepare: Prepare) -> Run:
+    def submit(self, run_id: str, prepare: Prepare, deadline_s: float | None = None) -> Run:
         """Let a run in.
 
         Args:
             run_id: Its name.
             prepare: Checks the request against the engine, once that is up, and makes the run.
+            deadline_s: Seconds from now within which it has to end, whatever it waits for.
 
         Raises:
             Overloaded: Too many runs in flight and waiting.
@@ -321,8 +343,10 @@ class Runner:
             self._metrics.count_rejection("overloaded")
             raise Overloaded(self._max_runs, alive - self._max_runs, _RETRY_AFTER_S)
         run = Run(run_id)
+        if deadline_s is not None:
+            run.deadline = asyncio.get_running_loop().time() + deadline_s
         self._runs.add(run)
-        run.task = asyncio.create_task(self._own(run, prepare), name=f"run {run_id}")
+        run.task = asyncio.create_task(self._own(run, prepare, deadline_s), name=f"run {run_id}")
         run.task.add_done_callback(lambda _: self._forget(run))
         return run
 
@@ -347,23 +371,34 @@ class Runner:
             run.cancel(ShuttingDown())
         await asyncio.gather(*(run.task for run in runs if run.task is not None), return_exceptions=True)
 
-    async def _own(self, run: Run, prepare: Prepare) -> None:
+    async def _own(self, run: Run, prepare: Prepare, deadline_s: float | None) -> None:
         """The whole life of a run; its only place where an error becomes its end."""
         clock = asyncio.get_running_loop().time
         start = clock()
         status: RunStatus = "cancelled"
         try:
-            prepared = await self._prepare(prepare)
-            run.state = prepared.state
-            run.publish(prepared)
-            async with self._place():
+            try:
+                async with asyncio.timeout_at(run.deadline) as until:
+                    prepared = await self._prepare(prepare)
+                    run.state = prepared.state
+                    run.publish(prepared)
+                    await self._enter()
+            except TimeoutError:
+                if deadline_s is None or not until.expired():
+                    raise
+                raise DeadlinePassed(deadline_s) from None
+            try:
                 await self._drive(run, prepared.watch, start)
+            finally:
+                self._leave()
             run.error, status = _verdict(run.state, run.failures)
         except ApiError as error:
             run.error, status = error, "refused" if error.status < 500 else "failed"
         except Exception:
             log.exception("run broke", run_id=run.id)
-            run.error, status = ApiError(500, "internal_error", "The server failed; the run has no answer."), "failed"
+            headers = NO_RETRY if run.clocks else ()
+            run.error = ApiError(500, "internal_error", "The server failed; the run has no answer.", headers=headers)
+            status = "failed"
         finally:
             self._report(run, status, clock() - start)
 
@@ -372,20 +407,18 @@ class Runner:
         self._runs.discard(run)
         run.end()
 
-    @asynccontextmanager
-    async def _place(self) -> AsyncIterator[None]:
-        """Wait for one of `max_runs` places, first come, first served."""
+    async def _enter(self) -> None:
+        """Wait for one of `max_runs` places, first come, first served; `_leave` gives it back."""
         self._metrics.queued.inc()
         try:
             await self._places.acquire()
         finally:
             self._metrics.queued.dec()
         self._metrics.running.inc()
-        try:
-            yield
-        finally:
-            self._metrics.running.dec()
-            self._places.release()
+
+    def _leave(self) -> None:
+        self._metrics.running.dec()
+        self._places.release()
 
     async def _prepare(self, prepare: Prepare) -> Prepared:
         for deaths in range(_MOST_DEATHS):
@@ -420,7 +453,7 @@ class Runner:
             ) as events:
                 try:
                     async for item in events:
-                        self._take(run, events, item, clock())
+                        self._take(run, events.state, item, clock())
                     return
                 except EngineDead as error:
                     reason = str(error)
@@ -431,25 +464,52 @@ class Runner:
             log.warning(
                 "run waits for its engine", run_id=run.id, reason=reason, deaths=deaths, lost_tokens=lost_tokens
             )
-            if deaths > _MOST_DEATHS:
-                raise EngineUnavailable(reason, _RETRY_AFTER_S)
-            await asyncio.sleep(_FIRST_PAUSE_S * 2**deaths)
-            await self.host.wait_up(self._engine_wait_s)
+            try:
+                async with asyncio.timeout_at(run.deadline) as until:
+                    if deaths > _MOST_DEATHS:
+                        raise EngineUnavailable(reason, _RETRY_AFTER_S)
+                    await asyncio.sleep(_FIRST_PAUSE_S * 2**deaths)
+                    await self.host.wait_up(self._engine_wait_s)
+            except EngineUnavailable as error:
+                spent = run.state.usage.completion_tokens + run.state.charged_tokens + lost_tokens
+                raise (error.unretried() if spent else error) from None
+            except TimeoutError:
+                if not until.expired():
+                    raise
+                self._end_at_deadline(run, lost_tokens, clock())
 
-    def _take(self, run: Run, events: RunEvents, item: Event | RolloutDelta, now: float) -> None:
-        run.state = events.state
+    def _end_at_deadline(self, run: Run, lost_tokens: int, now: float) -> None:
+        """Fold the deadline into the state of a run without an engine: what follows is decided from the state alone.
+
+        The deadline comes before the loss of what was in flight, so that readers see why it is not begun anew.
+        """
+        assert run.state is not None  # it was running
+        facts: list[Event] = [] if run.state.stopping is Stopped.DEADLINE else [DeadlineReached()]
+        if run.state.running:
+            facts.append(RunResumed(tuple(sorted(run.state.running)), lost_tokens))
+        for fact in facts:
+            self._take(run, apply(run.state, fact), fact, now)
+
+    def _take(self, run: Run, state: State, item: Event | RolloutDelta, now: float) -> None:
+        run.state = state
         if isinstance(item, RolloutDelta):
             run.publish(item)
             return
         match item:
             case RolloutFinished(rollout) | RolloutAborted(rollout):
                 self._metrics.count_rollout(rollout.finish.value, rollout.usage)
+                self._measure(rollout)
             case RolloutFailed(slot, error, usage, _, status):
                 run.failures.add(status)
                 self._metrics.count_rollout("failed", usage)
                 log.info("rollout failed", run_id=run.id, round=slot.round, index=slot.index, error=error[:500])
         for fact in run.facts(item, now):
             run.publish(fact)
+
+    def _measure(self, rollout: Rollout) -> None:
+        tokens = rollout.usage.completion_tokens
+        if tokens >= _MEASURED_TOKENS and rollout.seconds > 0:
+            self.tokens_per_s = max(self.tokens_per_s or 0.0, tokens / rollout.seconds)
 
     def _report(self, run: Run, status: RunStatus, seconds: float) -> None:
         """One line and the metrics of a run that has ended."""

@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from harness.scripted import ScriptedEngine
 from mrsa_server.app import create_app
 from mrsa_server.engines.build import ServedEngine
+from mrsa_server.serve import Unpipelined
 from mrsa_server.settings import Settings
 
 CHAT = "/v1/chat/completions"
@@ -47,7 +48,7 @@ async def on_port(engine: ServedEngine | None = None, **settings: Any) -> AsyncI
     """The server behind uvicorn; its URL and the application."""
     app = create_app(Settings(engine="scripted", **settings), engine or ScriptedEngine())
     config = uvicorn.Config(
-        app, port=0, http="httptools", ws="none", lifespan="on", log_config=None, timeout_graceful_shutdown=1
+        app, port=0, http=Unpipelined, ws="none", lifespan="on", log_config=None, timeout_graceful_shutdown=1
     )
     server = uvicorn.Server(config)
     task = asyncio.create_task(server._serve())

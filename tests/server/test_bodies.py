@@ -28,6 +28,10 @@ def schema(inner: dict[str, Any]) -> dict[str, Any]:
     return {"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": inner}}}
 
 
+def tool(parameters: dict[str, Any], name: str = "f") -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
 def nested(levels: int) -> dict[str, Any]:
     return {"type": "object", "properties": {"x": nested(levels - 1)}} if levels else {}
 
@@ -84,7 +88,14 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"mrsa": {"stream": "all"}}, "mrsa.stream", "rollouts"),
     ({"mrsa": {"carry": "soul"}}, "mrsa.carry", "hybrid"),
     ({"rsa_t": "many"}, "rsa_t", "integer"),
-    ({"rsa_n": 100}, "mrsa.population", "64"),
+    ({"rsa_n": 100}, "rsa_n", "rsa_n: must be at most 64"),
+    ({"rsa_n": 4, "rsa_final_n": 5}, "rsa_final_n", "4"),
+    ({"rsa_n": 4, "mrsa": False}, "rsa_n", "mrsa is false"),
+    ({"rsa_n": 4, "mrsa": "yes"}, "mrsa", "object"),
+    ({"rsa_t": 0, "mrsa": {"effort": "high"}}, "rsa_t", "mrsa.effort"),
+    ({"rsa_tail_window": False, "mrsa": {"tail_tokens": 9}}, "rsa_tail_window", "whole"),
+    ({"mrsa": {"rollout_tokens": 1}}, "mrsa.rollout_tokens", "at least 2"),
+    ({"short_resp_len": 1}, "short_resp_len", "at least 2"),
     ({"rsa_summarize": True}, "rsa_summarize", "not supported"),
     ({"rsa_n": 4, "mrsa": {"population": 4}}, "rsa_n", "give one"),
     ({"tools": [{"type": "custom"}]}, "tools.0.type", "function"),
@@ -105,6 +116,22 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     (schema({"type": "string", "pattern": "(a{900}){900}"}), "response_format.json_schema.schema", "1024"),
     (schema({"type": "string", "pattern": "(?=a)b"}), "response_format.json_schema.schema", "look around"),
     (schema({"type": "array", "maxItems": 10**9}), "response_format.json_schema.schema", "maxItems"),
+    (schema({"type": "nonsense"}), "response_format.json_schema.schema", "type must be"),
+    (schema({"type": 5}), "response_format.json_schema.schema", "type must be"),
+    (schema({"properties": [1]}), "response_format.json_schema.schema", "properties must be"),
+    (schema({"items": 3}), "response_format.json_schema.schema", "items must be"),
+    (schema({"properties": {"a": {"type": "strin"}}}), "response_format.json_schema.schema", "type must be"),
+    (schema({"$ref": "#/nope"}), "response_format.json_schema.schema", "points to no schema"),
+    (schema({"$ref": "#"}), "response_format.json_schema.schema", "back to itself"),
+    (schema({"$ref": "#/x", "x": {"type": "nonsense"}}), "response_format.json_schema.schema", "type must be"),
+    (schema({"pattern": "(a"}), "response_format.json_schema.schema", "cannot be compiled"),
+    ({"tools": [tool({"type": "nonsense"})]}, "tools.0.function.parameters", "type must be"),
+    (
+        {"tools": [tool({"enum": ["x" * 60_000]}, f"f{number}") for number in range(3)], "tool_choice": "required"},
+        "tools",
+        "131072",
+    ),
+    ({"tools": [tool({"enum": ["x" * 60_000]}, f"f{number}") for number in range(9)]}, "tools", "524288"),
 ]
 
 
@@ -145,6 +172,11 @@ async def test_a_bad_field_is_named(fields: dict[str, Any], param: str, words: s
         },
         schema({"type": "object", "properties": {"x": {"$ref": "#/$defs/x"}}, "$defs": {"x": {"type": "string"}}}),
         schema({"type": "string", "pattern": r"^\d{4}-\d{2}$"}),
+        schema({"properties": {"pattern": {"enum": [{"type": "x"}], "default": {"maxLength": 10**9}}}}),
+        schema({"type": "string", "pattern": r"^\p{Lu}[\w\/]+$"}),
+        schema({"definitions": {"a/b": {"type": ["string", "null"]}}, "items": {"$ref": "#/definitions/a~1b"}}),
+        schema({"properties": {"child": {"$ref": "#"}}}),
+        {"rsa_debug": True, "rsa_n": None},
     ],
     ids=lambda fields: next(iter(fields)),
 )
@@ -210,6 +242,28 @@ async def test_unknown_paths_and_methods_answer_in_the_same_shape() -> None:
         ):
             assert response.status_code == status
             assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+async def test_a_trailing_slash_is_no_redirect_to_wherever_the_client_says() -> None:
+    async with in_memory() as client:
+        response = await client.post(CHAT + "/", json=ask(), headers={"host": "evil.example"})
+    assert response.status_code == 404
+    assert response.json()["error"]["code"] == "not_found"
+
+
+@pytest.mark.parametrize("length", ["x", "-1", "+5", "1_0", "\u0663", "9" * 5000])
+async def test_a_length_that_is_no_number_is_a_400(length: str) -> None:
+    async with in_memory() as client:
+        headers = {**JSON, "content-length": length.encode()}
+        response = await client.post(CHAT, content=orjson.dumps(ask()), headers=headers)  # type: ignore[arg-type]
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "invalid_content_length"
+
+
+async def test_a_field_that_only_says_how_to_report_starts_nothing() -> None:
+    async with in_memory() as client:
+        body = (await client.post(CHAT, json=ask("scripted", rsa_debug=True))).json()
+    assert body["mrsa"]["params"]["population"] == 1
 
 
 async def test_what_breaks_inside_is_a_500_that_tells_nothing() -> None:

@@ -7,6 +7,7 @@ import gc
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import httpx
 import orjson
@@ -48,6 +49,33 @@ async def test_a_client_that_leaves_aborts_every_generation_of_its_run(streamed:
         writer.close()
         assert await until(lambda: engine.open_requests == 0) < 1.0
         await until(lambda: not app.state.runner._runs)
+
+
+async def test_a_client_that_sends_a_second_request_and_leaves_ends_its_run() -> None:
+    engine = ScriptedEngine(speed=Speed(step_s=0.05))
+    async with on_port(engine) as (url, app):
+        _, writer = await connect(url)
+        body = post(orjson.dumps(ask(mrsa=SMALL)))
+        writer.write(body)
+        await until(lambda: engine.open_requests == 2)
+        writer.write(body * 3)
+        await asyncio.sleep(0.05)
+        writer.close()
+        assert await until(lambda: engine.open_requests == 0) < 1.0
+        await until(lambda: not app.state.runner._runs)
+        assert engine.total_requests == 2
+
+
+async def test_the_first_of_two_requests_sent_at_once_is_answered_and_the_connection_closed() -> None:
+    async with on_port(ScriptedEngine(speed=Speed(step_s=0.0001))) as (url, _):
+        reader, writer = await connect(url)
+        writer.write(post(orjson.dumps(ask(mrsa=SMALL))) * 2)
+        async with asyncio.timeout(5):
+            answer = await reader.read()
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert answer.count(b"HTTP/1.1") == 1
+        assert b"connection: close" in answer
+        writer.close()
 
 
 async def test_one_client_that_leaves_takes_no_other_run_with_it() -> None:
@@ -145,14 +173,16 @@ async def test_nothing_of_a_finished_run_is_kept() -> None:
         runner = client.app.state.runner  # type: ignore[attr-defined]
         submit = runner.submit
 
-        def watched(*args: object) -> Run:
+        def watched(*args: Any) -> Run:
             run: Run = submit(*args)
             alive.add(run)
             return run
 
         runner.submit = watched
         for number in range(20):
-            await client.post(CHAT, json=ask(mrsa=SMALL, stream=number % 2 == 0))
+            key = {"idempotency-key": str(number)} if number % 3 == 0 else {}
+            await client.post(CHAT, json=ask(mrsa=SMALL, stream=number % 2 == 0), headers=key)
+        await asyncio.sleep(0)
         await asyncio.sleep(0)
         gc.collect()
         assert len(alive) == 0

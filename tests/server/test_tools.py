@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import jsonschema
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 
 from harness.scripted import instance_of
 from mrsa_server.api.errors import BadRequest
-from mrsa_server.api.tools import Call, CallReader, Tool, call_schema, check_schema, read_forced, read_free
+from mrsa_server.api.schemas import check_schema
+from mrsa_server.api.tools import Call, CallReader, Tool, call_schema, read_forced, read_free
 
 WEATHER = Tool(
     "get_weather",
@@ -124,3 +126,81 @@ def test_a_hostile_schema_is_refused(schema: dict[str, object]) -> None:
     with pytest.raises(BadRequest) as caught:
         check_schema(schema, "where")
     assert caught.value.param == "where"
+
+
+def test_a_block_that_never_closes_takes_time_in_its_length_alone() -> None:
+    reader = CallReader((WEATHER,))
+    start = time.perf_counter()
+    said = reader.feed("<tool_call>").text
+    for _ in range(250_000):
+        said += reader.feed("abcd").text
+    assert said == ""
+    assert reader.close().text == "<tool_call>" + "abcd" * 250_000
+    assert time.perf_counter() - start < 2  # 7 minutes, when each piece was joined to all before it
+
+
+def test_many_small_blocks_take_time_in_their_length_alone() -> None:
+    text = "<tool_call></tool_call>" * 45_000
+    start = time.perf_counter()
+    assert read_free(text, (WEATHER,)) == (text, ())
+    assert time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"allOf": []},
+        {"anyOf": {}},
+        {"required": "a"},
+        {"required": [1]},
+        {"minimum": "0"},
+        {"minLength": -1},
+        {"multipleOf": 0},
+        {"additionalProperties": "no"},
+        {"enum": "a"},
+        {"items": []},
+        {"type": []},
+        {"pattern": 5},
+        {"pattern": "["},
+        {"pattern": "a{5,2}"},
+        {"$ref": 5},
+        {"$ref": "#nope"},
+        {"$ref": "#/properties"},
+        {"$dynamicRef": "#/$defs/a"},
+        {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
+        {"not": {"if": {"contains": {"type": "nonsense"}}}},
+        {"patternProperties": {"(": {}}},
+    ],
+    ids=str,
+)
+def test_what_is_no_schema_is_refused(schema: dict[str, object]) -> None:
+    with pytest.raises(BadRequest):
+        check_schema(schema, "where")
+
+
+WORDS = st.sampled_from(
+    "type properties items anyOf required minimum minLength enum pattern $defs additionalProperties a string object "
+    "array integer".split()
+)
+SCHEMAS = st.recursive(
+    st.one_of(st.booleans(), st.integers(-2, 2), WORDS, st.none()),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(WORDS, inner, max_size=4)),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(WORDS, SCHEMAS, max_size=4))
+def test_whatever_is_accepted_is_a_schema_to_others_too(schema: dict[str, object]) -> None:
+    try:
+        check_schema(schema, "where")
+    except BadRequest:
+        return
+    validator = jsonschema.Draft7Validator if "$defs" not in schema else jsonschema.Draft202012Validator
+    validator.check_schema(schema)
+
+
+def test_patterns_that_take_long_to_compile_are_not_compiled_here() -> None:
+    schema = {"anyOf": [{"pattern": f"[{number}]" + "[a-\U0001ffff]" * 40} for number in range(150)]}
+    start = time.perf_counter()
+    check_schema(schema, "where")
+    assert time.perf_counter() - start < 2  # 9 seconds, with Python's own compiler

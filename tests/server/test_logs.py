@@ -1,0 +1,59 @@
+"""What the log says, and what it never does."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Iterator
+from typing import Literal
+
+import pytest
+import structlog
+
+from harness.engine import Delta
+from harness.scripted import ScriptedEngine
+from harness.types import RolloutRequest
+from mrsa_server import logs
+from tests.helpers.serving import CHAT, SMALL, ask, in_memory
+
+SECRET = "the launch code is 4711"
+
+
+class Broken(ScriptedEngine):
+    """Breaks with the prompt at hand."""
+
+    async def generate(self, request: RolloutRequest) -> AsyncGenerator[Delta, None]:
+        prompt = [message.text for message in request.messages]
+        yield Delta((256,))
+        raise RuntimeError(f"a bug with {len(prompt)} messages")
+
+
+@pytest.fixture
+def clean_logs() -> Iterator[None]:
+    """Logging as it was before."""
+    root = logging.getLogger()
+    handlers, level = root.handlers, root.level
+    yield
+    root.handlers = handlers
+    root.setLevel(level)
+    structlog.reset_defaults()
+
+
+@pytest.mark.usefixtures("clean_logs")
+@pytest.mark.parametrize("form", ["text", "json"])
+async def test_the_log_of_a_run_that_broke_tells_where_and_nothing_of_the_prompt(
+    form: Literal["text", "json"], capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs.configure("info", form)
+    messages = [{"role": "user", "content": SECRET}]
+    async with in_memory(Broken()) as client:
+        assert (await client.post(CHAT, json=ask(mrsa=SMALL, messages=messages))).status_code == 500
+        del client.app.state.chat  # type: ignore[attr-defined]
+        assert (await client.post(CHAT, json=ask(messages=messages))).status_code == 500
+    written = capsys.readouterr().err
+    assert "run broke" in written
+    assert "request broke" in written
+    assert "a bug with 1 messages" in written
+    assert "Traceback" in written
+    assert SECRET not in written
+    assert "4711" not in written
+    assert len(written) < 30_000
