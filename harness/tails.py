@@ -8,7 +8,7 @@ from array import array
 from harness.engine import Delta, Vocabulary
 from harness.types import Carry, TokenIds, Trace
 
-_CHUNK = 4096  # characters
+_CHUNK = 2048  # characters
 _REPETITIVE = 0.05  # ZAYA1-8B report: flagged below this ratio
 
 
@@ -101,9 +101,9 @@ def cut_tail(trace: Trace, tail_ids: int, carry: Carry = Carry.REASONING) -> Tok
 class LoopDetector:
     """Says when text repeats itself, by how well it compresses (after the ZAYA1-8B report: zlib, sync flush, 5 %).
 
-    Two chunks of 4,096 characters in a row that compress below 5 % are a loop. The report's window of 1 KiB at level 1
-    sees no period above some 90 characters at that ratio; 8 KiB at level 4 (the first with lazy matching) sees 1 % at
-    periods up to 4,000. Saying a thing twice is no loop: in two whole chunks a copy would have to reach back further
+    Two chunks of 2,048 characters in a row that compress below 5 % are a loop. The report's window of 1 KiB at level 1
+    sees no period above some 90 characters at that ratio; 4 KiB at level 4 (the first with lazy matching) sees 1.5 % at
+    periods up to 2,500. Saying a thing twice is no loop: in two whole chunks a copy would have to reach back further
     than the window.
     """
 
@@ -122,8 +122,8 @@ class LoopDetector:
         chunk = "".join(self._pending).encode("utf-8", "replace")
         self._pending.clear()
         self._length = 0
-        if self._compressor is None:  # not before it is needed: 64 KB each, and most rollouts alive are young
-            self._compressor = zlib.compressobj(level=4, wbits=-13, memLevel=6)
+        if self._compressor is None:  # not before it is needed: 48 KB each, and most rollouts alive are young
+            self._compressor = zlib.compressobj(level=4, wbits=-12, memLevel=6)
         size = len(self._compressor.compress(chunk)) + len(self._compressor.flush(zlib.Z_SYNC_FLUSH))
         before, self._flagged = self._flagged, size < _REPETITIVE * len(chunk)
         return before and self._flagged

@@ -80,7 +80,10 @@ def run(arguments: argparse.Namespace) -> int:
             effort = arguments.effort or (Effort.LOW.value if started else None)
             _ask(url, question, effort, arguments, console)
             if started:
-                console.print("The embedded model has 135 million parameters: it shows that the machine runs, no more.")
+                console.print(
+                    "The embedded model has 135 million parameters: it shows that the machine runs, no more.",
+                    soft_wrap=True,
+                )
     except AskFailed as failure:
         Console(stderr=True).print(Text(f"mrsa ask: {failure}", style="red"), soft_wrap=True)
         return 1
