@@ -314,7 +314,8 @@ class _Generation:
                 return finish
             elif not self.builder.thought and rules.json_schema is not None:
                 self._begin_anew()  # it answered freely at once, where the answer has a form
-        left = request.max_tokens - self.generated
+        # An engine that was cut may have gone on to the end of its share.
+        left = request.max_tokens - (max(share, self.generated) if self._cut else self.generated)
         if rules.max_tokens is not None:
             left = min(left, rules.max_tokens - (len(self.builder.token_ids) - self.builder.answer_start))
         if left < 1:

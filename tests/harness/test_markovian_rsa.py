@@ -394,22 +394,6 @@ def test_a_deadline_waits_for_no_judge(templates: Templates) -> None:
     run_virtual(late())
 
 
-def test_a_deadline_ends_a_judge_s_work(templates: Templates) -> None:
-    class Never:
-        def group(self, answers: list[str | None]) -> Future[tuple[int, ...]]:
-            return Future()
-
-    async def late() -> None:
-        params = Params(population=3, rounds=0, final_candidates=3, deadline_s=7, final_tokens=400)
-        engine = ScriptedEngine(lambda request: Script("", f"x^{request.slot.index % 2}"))
-        state, _ = await go(init("run", PROBLEM, params, templates), engine, judge=Never())
-        assert asyncio.get_running_loop().time() == pytest.approx(7)
-        assert isinstance(state.outcome, RunFinished)
-        assert state.outcome.votes == (2, 1, 2)
-
-    run_virtual(late())
-
-
 def test_what_an_engine_may_have_made_unseen_is_not_spent_again(templates: Templates) -> None:
     """A rollout that loops is cut: the rest of its grant stays reserved, for its engine may have gone on."""
     params = replace(SMALL, rollout_tokens=30_000, final_tokens=1000, tail_tokens=100, budget_tokens=61_000)
@@ -421,20 +405,39 @@ def test_what_an_engine_may_have_made_unseen_is_not_spent_again(templates: Templ
     assert state.withheld_tokens == sum(grants) - sum(rollout.usage.completion_tokens for rollout in cut)
 
 
-def test_a_judge_that_is_too_slow_is_not_waited_for(templates: Templates) -> None:
+@pytest.mark.parametrize(("deadline_s", "ends_s"), [(None, 10), (7.0, 7), (30.0, 10)])
+def test_a_judge_that_is_too_slow_is_not_waited_for(
+    templates: Templates, deadline_s: float | None, ends_s: float
+) -> None:
     class Never:
         def group(self, answers: list[str | None]) -> Future[tuple[int, ...]]:
             return Future()
 
     async def judged() -> None:
-        params = Params(population=3, rounds=0, final_candidates=3, final_tokens=400)
+        params = Params(population=3, rounds=0, final_candidates=3, final_tokens=400, deadline_s=deadline_s)
         engine = ScriptedEngine(lambda request: Script("", f"x^{request.slot.index % 2}"))
         state, _ = await go(init("run", PROBLEM, params, templates), engine, judge=Never())
-        assert asyncio.get_running_loop().time() == pytest.approx(10)
+        assert asyncio.get_running_loop().time() == pytest.approx(ends_s)
         assert isinstance(state.outcome, RunFinished)
         assert state.outcome.votes == (2, 1, 2)
 
     run_virtual(judged())
+
+
+def test_a_last_stage_that_was_cut_asks_only_for_what_its_engine_cannot_have_spent(templates: Templates) -> None:
+    asked: list[int] = []
+
+    class Asked(ScriptedEngine):
+        async def generate(self, request: RolloutRequest) -> AsyncGenerator[Delta, None]:
+            asked.append(request.max_tokens)
+            async with aclosing(super().generate(request)) as deltas:
+                async for delta in deltas:
+                    yield delta
+
+    loops = Asked(lambda _: Script("over and over, " * 8000, "42"), chunk_tokens=64)
+    state = run(Params(population=1, rounds=0, final_tokens=100_000), loops, templates)
+    assert state.rollouts[Slot(0, 0)].answer == "42"
+    assert sum(asked) == 100_000
 
 
 def test_a_deadline_waits_a_second_for_text_that_is_being_decoded(templates: Templates) -> None:
