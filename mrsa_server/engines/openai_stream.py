@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from array import array
+from collections.abc import Iterator
 from typing import Any
 
 import orjson
@@ -251,12 +252,8 @@ class IdReader(Reader):
         """Ids and text without reasoning, each by its own markers: text may run behind ids."""
         ids: list[int] = []
         texts: list[str] = []
-        for event in events:
-            choice = self.choice(event)
-            if choice is None:
-                continue
-            new = self._new(choice)
-            texts += answer.feed(self._text.feed(choice.get("text") or ""))
+        for new, text in self._read(events):
+            texts += answer.feed(self._text.feed(text))
             if not self._hiding and self._marks.keys().isdisjoint(new):
                 ids += new
                 continue
@@ -270,23 +267,23 @@ class IdReader(Reader):
                     ids.append(token)
         return [Delta(ids, "".join(texts))] if ids or texts else []
 
-    def _new(self, choice: Event) -> list[int]:
-        ids = checked_ids(choice["token_ids"])
-        self.generated += len(ids)
-        if ids:
-            self.last = ids[-1]
-        return ids
+    def _read(self, events: list[Event]) -> Iterator[tuple[list[int], str]]:
+        """New ids and new text of each event that has any."""
+        for event in events:
+            choice = self.choice(event)
+            if choice is None:
+                continue
+            ids = checked_ids(choice["token_ids"])
+            self.generated += len(ids)
+            if ids:
+                self.last = ids[-1]
+            yield ids, choice.get("text") or ""
 
     def _take(self, events: list[Event]) -> list[Delta]:
         deltas: list[Delta] = []
         ids: list[int] = []
         texts: list[str] = []
-        for event in events:
-            choice = self.choice(event)
-            if choice is None:
-                continue
-            new = self._new(choice)
-            text: str = choice.get("text") or ""
+        for new, text in self._read(events):
             for mark in self._owed[:]:
                 # Text runs behind ids where the server holds it back for stop strings.
                 if mark in text:

@@ -20,7 +20,8 @@ import orjson
 import psutil
 import uvloop
 
-from tests.helpers.fake_upstream import MODEL, free_port
+from tests.helpers.fake_upstream import MODEL
+from tests.helpers.ports import free_port
 
 POPULATION = 16
 QUESTION = [{"role": "user", "content": "What is asked? " * 20}]

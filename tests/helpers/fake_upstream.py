@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import re
-import socket
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -27,14 +26,6 @@ _NAMES = {token: name for name, token in SPECIAL.items()}
 _SPLIT = re.compile("(" + "|".join(map(re.escape, SPECIAL)) + ")")
 MODEL = "fake"
 CONTEXT = 131_072
-
-
-def free_port() -> int:
-    """A port that nobody listens on yet."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def encode(text: str) -> list[int]:

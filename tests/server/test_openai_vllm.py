@@ -18,7 +18,7 @@ from harness.engine import Delta
 from harness.types import AnswerRules, Finish, Message, RolloutRequest, Sampling, Slot, Tail
 from mrsa_server.engines.embedded import cache_dir, model_folder
 from mrsa_server.engines.openai_http import Level, OpenAIEngine
-from tests.helpers.fake_upstream import free_port
+from tests.helpers.ports import free_port
 
 pytestmark = pytest.mark.engine
 
