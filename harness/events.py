@@ -17,6 +17,7 @@ class Stopped(StrEnum):
 
     DEADLINE = "deadline"
     BUDGET = "budget"
+    AGREED = "agreed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,43 @@ class DeadlineReached:
 
 
 @dataclass(frozen=True, slots=True)
+class AnswersAgreed:
+    """Enough answers of one round are equal (`Params.stop_when_agreed`, `start_small`): everything in flight is cut.
+
+    `slots` gave that answer, of `ended` rollouts of the round.
+    """
+
+    slots: tuple[Slot, ...]
+    ended: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetSkipped:
+    """All members of a set gave one answer (`Params.skip_agreed_sets`): `slot` takes over what `source` left."""
+
+    slot: Slot
+    source: Slot
+
+
+@dataclass(frozen=True, slots=True)
+class QuorumReached:
+    """Enough of a round has ended (`Params.quorum`): the stragglers go on to `tail_tokens` at most, then are cut.
+
+    In the last round they have no say: what has ended is the answer's choice.
+    """
+
+    round: int
+    stragglers: tuple[Slot, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ToppedUp:
+    """The first rollouts of round 0 did not agree (`Params.start_small`): the others start."""
+
+    slots: tuple[Slot, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class AnswersGrouped:
     """Which of the last candidates' answers are equal: a group number each, -1 for one with no answer to compare."""
 
@@ -172,6 +210,10 @@ Event = (
     | CandidatesAmended
     | WentFinal
     | DeadlineReached
+    | AnswersAgreed
+    | SetSkipped
+    | QuorumReached
+    | ToppedUp
     | AnswersGrouped
     | RunFinished
     | RunFailed

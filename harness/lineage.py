@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from harness.types import AggregationSet, Slot
 
@@ -91,3 +91,20 @@ def needed_at_most(population: int, set_size: int, rounds: int, final_candidates
         readers = min(population, readers * set_size)
         total += readers
     return total
+
+
+def descendants(readers: Mapping[Slot, Sequence[Slot]], slots: Iterable[Slot]) -> dict[Slot, int]:
+    """How many rollouts wait for each of `slots`, readers of readers included: the critical path goes first.
+
+    Args:
+        readers: Who reads a rollout; a reader's round is always later.
+        slots: All rollouts of the graph.
+    """
+    below: dict[Slot, int] = {}  # bit sets: a graph of 2,000 rollouts would be slow with real ones
+    bits = {slot: 1 << bit for bit, slot in enumerate(sorted(slots))}
+    for slot in sorted(bits, reverse=True):
+        found = 0
+        for reader in readers.get(slot, ()):
+            found |= bits[reader] | below[reader]
+        below[slot] = found
+    return {slot: found.bit_count() for slot, found in below.items()}

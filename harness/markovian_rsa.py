@@ -6,15 +6,19 @@ and on replay alike.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from harness.budget import check_budget, floor_tokens, grant
 from harness.events import (
+    AnswersAgreed,
     AnswersGrouped,
     CandidatesAmended,
     DeadlineReached,
     Event,
+    QuorumReached,
     RolloutAborted,
     RolloutFailed,
     RolloutFinished,
@@ -25,16 +29,20 @@ from harness.events import (
     RunStarted,
     SetAmended,
     SetsDrawn,
+    SetSkipped,
     Stopped,
+    ToppedUp,
     WentFinal,
 )
-from harness.lineage import Sets, draw_sets, needed, seed_of, spare_set
+from harness.lineage import Sets, descendants, draw_sets, needed, seed_of, spare_set
 from harness.prompts import Templates, aggregation_messages
-from harness.selection import decide_vote
+from harness.selection import agreeing, decide_vote, extract_answer, group_by_text
 from harness.types import (
     AggregationSet,
+    Agreement,
     AnswerRules,
     Finish,
+    InvalidParams,
     Params,
     Problem,
     Rollout,
@@ -45,6 +53,10 @@ from harness.types import (
 )
 
 _NONE = Usage()
+# A run's priorities in its engine: it has so many of its own below the next older run's.
+PRIORITIES = 4096
+# What cuts everything in flight.
+_AT_ONCE = (Stopped.DEADLINE, Stopped.AGREED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +82,8 @@ class State:
         wanted: Indices of the last round that the answer is taken from.
         needed: All rollouts that something reads.
         readers: Who reads a rollout.
-        ready: Needed, all inputs ended, not started; in the order in which they became so.
+        descendants: How many of the needed wait for a rollout.
+        ready: Needed, all inputs ended, not started.
         emptied: Needed, but every member of their set is lost.
         running: Started and not ended, with their grants in tokens.
         rollouts: Ended with something to show.
@@ -81,6 +94,10 @@ class State:
         withheld_tokens: Kept out of the budget, since an engine that is cut off may have made tokens that nobody saw.
         stats: By round, 0 to T.
         groups: Which of the last candidates agree, once judged.
+        first: Rollouts of round 0 that go before all others; empty where all go at once.
+        shortcuts: By set that was skipped, whose trace stands there.
+        stragglers: By round in which a quorum was reached, who was late.
+        agreed: Whose equal answers ended the run.
         stopping: Why the run is being ended early.
         outcome: How it ended.
     """
@@ -92,6 +109,7 @@ class State:
     wanted: tuple[int, ...] = ()
     needed: frozenset[Slot] = frozenset()
     readers: Mapping[Slot, tuple[Slot, ...]] = field(default_factory=dict)
+    descendants: Mapping[Slot, int] = field(default_factory=dict)
     ready: tuple[Slot, ...] = ()
     emptied: tuple[Slot, ...] = ()
     running: Mapping[Slot, int] = field(default_factory=dict)
@@ -103,6 +121,10 @@ class State:
     withheld_tokens: int = 0
     stats: tuple[RoundStats, ...] = ()
     groups: AnswersGrouped | None = None
+    first: tuple[Slot, ...] = ()
+    shortcuts: Mapping[Slot, Slot] = field(default_factory=dict)
+    stragglers: Mapping[int, tuple[Slot, ...]] = field(default_factory=dict)
+    agreed: AnswersAgreed | None = None
     stopping: Stopped | None = None
     outcome: RunFinished | RunFailed | None = None
 
@@ -129,7 +151,8 @@ class State:
     @property
     def skipped(self) -> tuple[int, ...]:
         """By round: rollouts of the barrier loop that were never started, because nothing reads them."""
-        return tuple(max(0, self.params.count(number) - stats.started) for number, stats in enumerate(self.stats))
+        read = Counter(slot.round for slot in {*self.needed, *self.rollouts, *self.lost, *self.running})
+        return tuple(max(0, self.params.count(round) - read[round]) for round in range(self.params.rounds + 1))
 
     @property
     def finals(self) -> tuple[Slot, ...]:
@@ -164,8 +187,14 @@ def init(run_id: str, problem: Problem, params: Params, templates: Templates, pr
 
     Raises:
         BudgetTooSmall: If `params.budget_tokens` cannot pay the run, with the figure that can.
+        InvalidParams: If answers of any round may end a run whose answer has a form that the last stage alone is given.
     """
     check_budget(params)
+    for name, value in (("stop_when_agreed", params.stop_when_agreed), ("start_small", params.start_small)):
+        if value is not None and params.rounds and problem.answer != AnswerRules():
+            raise InvalidParams(
+                name, "cannot be combined with what binds the last answer alone (stop, tools, a format, a length)"
+            )
     return _begin(RunStarted(run_id, problem, params, templates.digest, priority), templates)
 
 
@@ -186,16 +215,94 @@ def decide(state: State) -> Event | None:
                 for round in range(1, params.rounds + 1)
             )
         )
-    if state.stopping is Stopped.DEADLINE:
+    if state.stopping in _AT_ONCE:
         return None if state.running else _finish(state)
     for slot in state.emptied:
         return _amend(state, slot)
+    if (shortcut := _shortcut(state)) is not None:
+        return shortcut
+    if any(slot not in state.needed for slot in state.running):
+        return None  # being cut: what they have cost is still to be counted
     stuck = _stuck(state)
     if stuck or all(state.ended(slot) for slot in state.finals):
         if any(slot in state.rollouts for slot in state.finals):
             return _finish(replace(state, stopping=Stopped.BUDGET) if stuck else state)
         return _go_final(state) if stuck else _stand_in(state)
     return None
+
+
+def _shortcut(state: State) -> Event | None:
+    """The next decision of what saves tokens at the price of exactness, where it was asked for."""
+    params = state.params
+    if params.stop_when_agreed is not None:
+        for round in range(params.rounds, -1, -1):
+            if agreed := _agreed(state, round, params.stop_when_agreed):
+                return agreed
+    if state.first and all(state.ended(slot) for slot in state.first):
+        if params.stop_when_agreed is None and (agreed := _agreed(state, 0, Agreement(1.0, 2))):
+            return agreed
+        others = sorted(slot for slot in state.needed if slot.round == 0 and slot not in state.first)
+        return ToppedUp(tuple(others))
+    if params.skip_agreed_sets:
+        for slot in state.ready:
+            if (source := _skippable(state, slot)) is not None:
+                return SetSkipped(slot, source)
+    return None if params.quorum is None else _quorum(state, params.quorum)
+
+
+def _answer(state: State, slot: Slot) -> str | None:
+    """What a rollout answers, if it wrote its answer to the end."""
+    rollout = state.rollouts.get(slot)
+    return extract_answer(rollout.answer) if rollout is not None and rollout.finish is Finish.STOP else None
+
+
+def _agreed(state: State, round: int, agreement: Agreement) -> AnswersAgreed | None:
+    ended = tuple(slot for slot in sorted(state.rollouts) if slot.round == round and slot not in state.shortcuts)
+    if len(ended) < agreement.votes:
+        return None
+    found = agreeing([_answer(state, slot) for slot in ended], agreement)
+    return AnswersAgreed(tuple(ended[index] for index in found), len(ended)) if found else None
+
+
+def _skippable(state: State, slot: Slot) -> Slot | None:
+    """Whose trace can stand for a rollout: that of its first input, if all have the same answer."""
+    last = slot.round == state.params.rounds
+    if last and state.problem.answer != AnswerRules():
+        return None  # the last answer may have a form, which nobody before it was told
+    inputs = state.inputs(slot)
+    if len(inputs) < 2:
+        return None
+    groups = group_by_text([_answer(state, source) for source in inputs])
+    return inputs[0] if set(groups) == {0} else None
+
+
+def _quorum(state: State, quorum: int) -> QuorumReached | None:
+    """The first round in which enough has ended, and not all."""
+    params = state.params
+    waiting: dict[int, list[Slot]] = {}
+    for slot in sorted(state.needed):
+        if not state.ended(slot) and slot.round not in state.stragglers:
+            waiting.setdefault(slot.round, []).append(slot)
+    for round, late in waiting.items():
+        slots = [slot for slot in state.needed if slot.round == round]
+        good = sum(
+            bool(state.rollouts[slot].answer) if round == params.rounds else state.readable(slot)
+            for slot in slots
+            if slot in state.rollouts
+        )
+        if good >= math.ceil(quorum * len(slots) / params.population):
+            return QuorumReached(round, tuple(late))
+    return None
+
+
+def cuts(state: State) -> dict[Slot, int]:
+    """The rollouts in flight that are to go no further than to so many tokens."""
+    if state.stopping in _AT_ONCE:
+        return dict.fromkeys(state.running, 0)
+    found = {slot: 0 for slot in state.running if slot not in state.needed}
+    late = {slot for slots in state.stragglers.values() for slot in slots}
+    floor = floor_tokens(state.params)
+    return found | {slot: floor for slot in state.running if slot in late and slot in state.needed}
 
 
 def _stuck(state: State) -> bool:
@@ -209,7 +316,7 @@ def pending_vote(state: State) -> tuple[Slot, ...]:
     """The candidates whose answers have to be compared before the run can end; empty where nothing has to be."""
     if state.outcome is not None or state.groups is not None or state.params.selection is Selection.FIRST:
         return ()
-    if not state.wanted or (state.running and state.stopping is Stopped.DEADLINE):
+    if not state.wanted or state.agreed or (state.running and state.stopping is Stopped.DEADLINE):
         return ()
     over = state.stopping is Stopped.DEADLINE or _stuck(state)
     if not over and not all(state.ended(slot) for slot in state.finals):
@@ -235,6 +342,9 @@ def _pool(state: State) -> tuple[Slot, ...]:
 
 
 def _finish(state: State) -> Event | None:
+    if state.agreed is not None:
+        slots = state.agreed.slots
+        return RunFinished(slots, (len(slots),) * len(slots), stopped=Stopped.AGREED)
     pool = _pool(state)
     if not pool:
         return RunFailed(f"deadline_s={state.params.deadline_s} passed before there was any answer")
@@ -296,6 +406,8 @@ def _grant(state: State, slot: Slot) -> int:
     params = state.params
     last = slot.round == params.rounds
     want = params.final_tokens if last else params.rollout_tokens
+    if slot in state.stragglers.get(slot.round, ()):
+        want = floor_tokens(params)
     if params.budget_tokens is None:
         return grant(want, None, 1)
     waiting = [other for other in state.needed if other not in state.running and not state.ended(other)]
@@ -308,11 +420,14 @@ def _grant(state: State, slot: Slot) -> int:
 
 
 def plan(state: State) -> tuple[RolloutRequest, ...]:
-    """The rollouts that can start now: needed, inputs there, payable. A `RolloutStarted` is owed for each."""
-    if state.outcome is not None or state.stopping is Stopped.DEADLINE:
+    """The rollouts that can start now: needed, inputs there, payable. A `RolloutStarted` is owed for each.
+
+    First those that the most needed rollouts wait for.
+    """
+    if state.outcome is not None or state.stopping in _AT_ONCE:
         return ()
     requests: list[RolloutRequest] = []
-    for slot in state.ready:
+    for slot in sorted(state.ready, key=lambda slot: (-state.descendants[slot], slot)):
         tokens = _grant(state, slot)
         if tokens >= _least(state, slot):
             request = _request(state, slot, tokens)
@@ -340,7 +455,7 @@ def _request(state: State, slot: Slot, tokens: int) -> RolloutRequest:
         answer=problem.answer if last else AnswerRules(),
         sampling=sampling,
         seed=seed_of(params.seed, "rollout", *slot) if sampling.seeded else None,
-        priority=state.started.priority,
+        priority=state.started.priority * PRIORITIES - min(state.descendants[slot], PRIORITIES - 1),
         members=tuple(source.index for source in read),
     )
 
@@ -351,7 +466,7 @@ def apply(state: State, event: Event) -> State:
         case RunStarted():
             return _begin(event, state.templates)
         case SetsDrawn(sets):
-            return _rewire(replace(state, sets=sets, wanted=tuple(range(state.params.final_candidates))))
+            return _begin_small(replace(state, sets=sets, wanted=tuple(range(state.params.final_candidates))))
         case RolloutStarted(slot, _, tokens):
             return _count(
                 replace(
@@ -400,9 +515,30 @@ def apply(state: State, event: Event) -> State:
         case CandidatesAmended(indices):
             return _rewire(replace(state, wanted=state.wanted + indices))
         case WentFinal(round, row):
-            return _rewire(replace(state, sets=(*state.sets[:-1], row), source=round, stopping=Stopped.BUDGET))
+            sets = (*state.sets[:-1], row)
+            return _rewire(replace(state, sets=sets, source=round, first=(), stopping=Stopped.BUDGET))
         case DeadlineReached():
+            if state.agreed is not None:  # there is an answer already
+                return state
             return replace(state, stopping=Stopped.DEADLINE, ready=(), emptied=())
+        case AnswersAgreed():
+            return replace(state, agreed=event, stopping=Stopped.AGREED, ready=(), emptied=())
+        case SetSkipped(slot, source):
+            rollout = replace(state.rollouts[source], slot=slot, usage=_NONE, seconds=0.0)
+            state = replace(
+                state,
+                ready=tuple(other for other in state.ready if other != slot),
+                rollouts={**state.rollouts, slot: rollout},
+                shortcuts={**state.shortcuts, slot: source},
+            )
+            return _wake(state, slot)
+        case QuorumReached(round, stragglers):
+            state = replace(state, stragglers={**state.stragglers, round: stragglers})
+            if round < state.params.rounds:
+                return state
+            return _rewire(replace(state, wanted=tuple(slot.index for slot in state.finals if slot not in stragglers)))
+        case ToppedUp():
+            return _rewire(replace(state, first=()))
         case AnswersGrouped():
             return replace(state, groups=event)
         case RunFinished() | RunFailed():
@@ -473,11 +609,21 @@ def _wake(state: State, slot: Slot) -> State:
 
 
 def _sort(state: State, slot: Slot, ready: list[Slot], emptied: list[Slot]) -> None:
-    if slot in state.running or state.ended(slot):
+    if slot in state.running or state.ended(slot) or (state.first and slot not in state.first):
         return
     inputs = state.inputs(slot)
     if all(state.ended(source) for source in inputs):
         (ready if not inputs or any(state.readable(source) for source in inputs) else emptied).append(slot)
+
+
+def _begin_small(state: State) -> State:
+    """The lineage of a run that begins; with `start_small`, only the rollouts that the most wait for are ready."""
+    state = _rewire(state)
+    small = state.params.start_small
+    if small is None:
+        return state
+    order = sorted((slot for slot in state.needed if slot.round == 0), key=lambda slot: -state.descendants[slot])
+    return _rewire(replace(state, first=tuple(sorted(order[:small]))))
 
 
 def _rewire(state: State) -> State:
@@ -494,7 +640,7 @@ def _rewire(state: State) -> State:
     for slot in sorted(slots):
         for source in state.inputs(slot):
             readers[source] = (*readers.get(source, ()), slot)
-    state = replace(state, needed=slots, readers=readers)
+    state = replace(state, needed=slots, readers=readers, descendants=descendants(readers, slots))
     for slot in sorted(slots):
         _sort(state, slot, ready, emptied)
     return replace(state, ready=tuple(ready), emptied=tuple(emptied))

@@ -29,7 +29,7 @@ from harness.events import (
     RunResumed,
     Stopped,
 )
-from harness.markovian_rsa import State, apply, decide, pending_vote, plan
+from harness.markovian_rsa import State, apply, cuts, decide, pending_vote, plan
 from harness.selection import MathJudge, extract_answer, group_by_text
 from harness.tails import LoopDetector, TraceBuilder, cut_tail
 from harness.types import AnswerRules, Carry, Finish, Params, Rollout, RolloutRequest, Slot, Tail, TokenIds, Usage
@@ -109,7 +109,10 @@ class _Live:
 
     task: asyncio.Task[None] | None = None
     tokens: int = 0
+    limit: int | None = None  # tokens to which it goes on, where it is to be cut
     begun: bool = False  # a task that is cancelled before its first step never runs
+    ending: bool = False  # all its tokens are there
+    cut: bool = False
 
 
 class RunEvents(AsyncIterator[Event | RolloutDelta]):
@@ -169,9 +172,12 @@ class RunEvents(AsyncIterator[Event | RolloutDelta]):
                 raise item
             if isinstance(item, RolloutDelta):
                 return item
-            self._record(item)
             if isinstance(item, DeadlineReached):
-                self._abort()
+                if self.state.agreed is not None:  # there is an answer already
+                    continue
+                self._end_vote()
+            self._record(item)
+            self._cut()
 
     def cancel(self) -> None:
         """Abort everything in flight."""
@@ -183,12 +189,20 @@ class RunEvents(AsyncIterator[Event | RolloutDelta]):
         if self._voting is not None:
             self._voting.cancel()
 
-    def _abort(self) -> None:
-        """Cut every rollout in flight, each puts what stands there into the inbox; and wait for no judge."""
+    def _end_vote(self) -> None:
+        """Wait for no judge."""
         if self._voting is not None:
             self._voting.cancel()
             self._voting = None
-        for slot, live in list(self._live.items()):
+
+    def _cut(self) -> None:
+        """Hold rollouts in flight to what is left to them; each puts what stands there into the inbox."""
+        for slot, tokens in cuts(self.state).items():
+            live = self._live[slot]
+            live.limit = tokens
+            if live.cut or live.tokens < tokens or (live.ending and self.state.stopping is not Stopped.DEADLINE):
+                continue
+            live.cut = True
             if live.begun and live.task is not None:
                 live.task.cancel()
             else:
@@ -212,6 +226,9 @@ class RunEvents(AsyncIterator[Event | RolloutDelta]):
             self._record(RolloutStarted(request.slot, request.members, request.max_tokens))
             live = self._live[request.slot] = _Live()
             live.task = self._tasks.create_task(self._rollout(request, live))
+        self._cut()
+        if self.state.agreed is not None:
+            self._end_vote()
         if self.state.outcome is not None:
             if self._timer is not None:
                 self._timer.cancel()
@@ -246,6 +263,7 @@ class RunEvents(AsyncIterator[Event | RolloutDelta]):
         generation = _Generation(self._engine, replace(request, watched=watched), params, self._inbox, live)
         try:
             finish = await generation.run(must_answer=last or params.carry is Carry.ANSWER)
+            live.ending = True
             rollout = await generation.rollout(finish, clock() - start)
             self._inbox.put_nowait(RolloutFinished(rollout, generation.builder.trace()))
         except EngineError as error:
@@ -254,9 +272,9 @@ class RunEvents(AsyncIterator[Event | RolloutDelta]):
         except EngineDead as error:
             self._inbox.put_nowait(error)
         except asyncio.CancelledError:
-            if self.state.stopping is not Stopped.DEADLINE:
+            if not live.cut:
                 raise
-            # Cut by the run itself: what stands there may be the best answer so far.
+            # Cut by the run itself: what stands there may be the best answer so far, or somebody's input.
             try:
                 async with asyncio.timeout(_LAST_DECODE_S):
                     rollout = await generation.rollout(Finish.ABORTED, clock() - start)
@@ -264,7 +282,12 @@ class RunEvents(AsyncIterator[Event | RolloutDelta]):
                 reason = str(error) or "its text was not decoded in time"
                 self._inbox.put_nowait(RolloutFailed(request.slot, reason, generation.usage(), clock() - start))
             else:
-                self._inbox.put_nowait(RolloutAborted(rollout))
+                read = cuts(self.state).get(request.slot) != 0
+                self._inbox.put_nowait(
+                    RolloutFinished(replace(rollout, cut=True), generation.builder.trace())
+                    if read
+                    else RolloutAborted(rollout)
+                )
 
 
 class _Generation:
@@ -308,6 +331,8 @@ class _Generation:
             finish = await self._ask(
                 replace(request, max_tokens=share, stop_ids=close if bound else (), answer=free), unthought=rules
             )
+            if finish is Finish.ABORTED:
+                return finish
             if self.builder.thinking:
                 self.builder.close_thinking()
             elif finish is Finish.LOOP or (finish is Finish.STOP and rules.json_schema is None):
@@ -367,6 +392,8 @@ class _Generation:
                         finish = Finish.STOP
                 if self.generated - before > limit:
                     finish = Finish.LENGTH  # an engine that does not keep to `max_tokens`
+                elif self._live.limit is not None and self.generated >= self._live.limit:
+                    finish = Finish.ABORTED
                 elif detector.feed(delta.text):
                     self._loop, finish = True, Finish.LOOP
                 if finish is not None:

@@ -9,6 +9,8 @@ from concurrent.futures import Future
 from fractions import Fraction
 from typing import NamedTuple
 
+from harness.types import Agreement
+
 _SHORT = 100  # characters: a longer last line is prose, not an answer that could be compared
 _LONGEST_LINE = 4 * _SHORT  # with its label and its marks
 _LABEL = re.compile(r"^(?:(?:the\s+)?(?:final\s+)?answer(?:\s+is)?\s*:?|therefore,?|so,?|thus,?)\s*", re.IGNORECASE)
@@ -71,6 +73,25 @@ def _key(answer: str) -> str | Fraction:
         except (ValueError, ZeroDivisionError):
             return form
     return form
+
+
+def agreeing(answers: Sequence[str | None], agreement: Agreement) -> tuple[int, ...]:
+    """Which of a round's answers are equal and enough of it; empty where none are.
+
+    Text and plain numbers decide: nothing has to be waited for, and a doubt never ends a run.
+
+    Args:
+        answers: Of all rollouts of the round that have ended with something, None for those without an answer.
+        agreement: What is enough.
+    """
+    groups = group_by_text(answers)
+    sizes = Counter(group for group in groups if group >= 0)
+    if not sizes:
+        return ()
+    best, votes = max(sizes.items(), key=lambda item: (item[1], -item[0]))
+    if votes < agreement.votes or votes / len(answers) < agreement.share:
+        return ()
+    return tuple(index for index, group in enumerate(groups) if group == best)
 
 
 def decide_vote(groups: Sequence[int]) -> Vote:

@@ -44,7 +44,7 @@ class Finish(StrEnum):
     LENGTH = "length"  # its tokens were spent
     THOUGHT = "thought"  # its thinking ended and nothing reads what would follow
     LOOP = "loop"  # it repeated itself and was cut
-    ABORTED = "aborted"  # a deadline or a stop cut it
+    ABORTED = "aborted"  # a deadline, a quorum or a stop cut it
 
 
 class Slot(NamedTuple):
@@ -189,6 +189,23 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Agreement:
+    """When equal answers are enough: at least `votes` of them, and at least `share` of a round's rollouts so far ended.
+
+    A rollout that ended without an answer counts against the share; one that failed does not count.
+    """
+
+    share: float = 1.0
+    votes: int = 2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise InvalidParams("stop_when_agreed.share", f"must be above 0 and at most 1, not {self.share}")
+        if self.votes < 2:
+            raise InvalidParams("stop_when_agreed.votes", f"must be at least 2, not {self.votes}")
+
+
+@dataclass(frozen=True, slots=True)
 class Params:
     """The parameters of a run, as the ZAYA1-8B report names them (section VI; symbols in brackets).
 
@@ -207,6 +224,12 @@ class Params:
         seed: source of every random choice of the run.
         sampling: how tokens are drawn.
         final_temperature: temperature of the last stage; None for that of `sampling`.
+        stop_when_agreed: approximate: end the run once answers of one round agree; None for never.
+        skip_agreed_sets: approximate: a rollout whose set agrees is not generated, it takes over a member's trace.
+        quorum: approximate: once so many of `population` have ended (in proportion, where fewer are needed), the
+            stragglers of a round are cut where they stand, though not below `tail_tokens`; None for never.
+        start_small: approximate: so many rollouts of round 0 go first, and the others only if these disagree; None for
+            all at once.
     """
 
     population: int = 16
@@ -223,6 +246,10 @@ class Params:
     seed: int = 0
     sampling: Sampling = Sampling()
     final_temperature: float | None = None
+    stop_when_agreed: Agreement | None = None
+    skip_agreed_sets: bool = False
+    quorum: int | None = None
+    start_small: int | None = None
 
     def __post_init__(self) -> None:
         for name, low in (
@@ -248,6 +275,16 @@ class Params:
             raise InvalidParams("deadline_s", f"must be above 0, not {self.deadline_s}")
         if self.final_temperature is not None and not 0 <= self.final_temperature <= 2:
             raise InvalidParams("final_temperature", f"must be between 0 and 2, not {self.final_temperature}")
+        if self.stop_when_agreed is not None and self.stop_when_agreed.votes > self.population:
+            raise InvalidParams(
+                "stop_when_agreed.votes",
+                f"must be at most population ({self.population}), not {self.stop_when_agreed.votes}",
+            )
+        if self.skip_agreed_sets and (self.set_size < 2 or self.rounds < 1):
+            raise InvalidParams("skip_agreed_sets", "needs a set_size of at least 2 and at least 1 round")
+        for name, value, low in (("quorum", self.quorum, 1), ("start_small", self.start_small, 2)):
+            if value is not None and not low <= value <= self.population:
+                raise InvalidParams(name, f"must be between {low} and population ({self.population}), not {value}")
 
     def count(self, round: int) -> int:
         """Rollouts that the barrier loop would run in `round`: F in the last, N before it."""
@@ -257,9 +294,10 @@ class Params:
     def reads_answers(self) -> bool:
         """Whether anything reads what a rollout before the last stage writes after its thinking.
 
-        A deadline does: it may have to end the run with one of these answers.
+        A deadline does: it may have to end the run with one of these answers. So does what compares them.
         """
-        return self.carry is not Carry.REASONING or self.deadline_s is not None
+        compares = self.stop_when_agreed is not None or self.skip_agreed_sets or self.start_small is not None
+        return self.carry is not Carry.REASONING or self.deadline_s is not None or compares
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,7 +315,8 @@ class RolloutRequest:
         answer: Rules of the answer; empty rules while the model may still think.
         sampling: How tokens are drawn.
         seed: The engine's seed for this generation; None leaves it free.
-        priority: Lower runs first where the engine schedules by priority.
+        priority: Lower runs first where the engine schedules by priority: older runs before younger ones, and within
+            a run what the most of its rollouts wait for.
         watched: Whether somebody reads the deltas as they come; an engine may join them where nobody does.
         members: Indices into the previous round whose tails stand in the prompt.
     """

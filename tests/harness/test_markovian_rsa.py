@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import AsyncGenerator
 from concurrent.futures import Future
 from contextlib import aclosing
@@ -9,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from harness.budget import BudgetTooSmall, smallest_budget
@@ -38,91 +37,15 @@ from harness.types import (
     Carry,
     Finish,
     InvalidParams,
-    Message,
     Params,
     Problem,
     RolloutRequest,
     Sampling,
-    Selection,
     Slot,
     TokenIds,
 )
 from tests.helpers.barrier import Result, barrier_loop
-
-PROBLEM = Problem((Message("system", ("You are terse.",)), Message("user", ("What is 6 times 7?",))))
-property_of_runs = settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150
-)
-
-
-def number(*path: object) -> int:
-    return int.from_bytes(hashlib.sha256(repr(path).encode()).digest()[:6], "big")
-
-
-class World(ScriptedEngine):
-    """Scripts, failures and delays that depend on the slot and on what is read, drawn from one number."""
-
-    def __init__(self, key: int, failing: int = 0, thinking: bool = True, longest: int = 60) -> None:
-        super().__init__(self.say, thinking=thinking, chunk_tokens=7)
-        self.key = key
-        self.failing = failing  # percent
-        self.longest = longest
-        self.asked: list[Slot] = []
-
-    def say(self, request: RolloutRequest) -> Script:
-        text = "".join(message.text for message in request.messages)
-        thinking = f"{number(self.key, request.slot, text):x}" * 9
-        broken = number(self.key, "fails", request.slot) % 100 < self.failing
-        return Script(
-            thinking[: 1 + number(self.key, "length", request.slot) % self.longest],
-            f"\\boxed{{{number(self.key, text, request.slot)}}}",
-            EngineError(f"{request.slot} is lost") if broken else None,
-            number(self.key, "breaks", request.slot) % 30,
-        )
-
-    async def generate(self, request: RolloutRequest) -> AsyncGenerator[Delta, None]:
-        self.asked.append(request.slot)
-        await asyncio.sleep(1 + number(self.key, "delay", request.slot) % 1000)
-        async for delta in super().generate(request):
-            yield delta
-
-
-params_of_runs = st.builds(
-    lambda n, c, t, f, beta, tau, carry, seed: Params(
-        population=n,
-        set_size=c,
-        rounds=t,
-        final_candidates=min(n, f),
-        rollout_tokens=beta,
-        tail_tokens=tau,
-        final_tokens=4000,
-        carry=carry,
-        selection=Selection.FIRST,
-        seed=seed,
-    ),
-    st.integers(1, 7),
-    st.integers(1, 7),
-    st.integers(0, 4),
-    st.integers(1, 7),
-    st.integers(2, 80),
-    st.integers(1, 100),
-    st.sampled_from([Carry.REASONING, Carry.HYBRID]),
-    st.integers(0, 2**63),
-)
-
-
-async def go(state: State, engine: ScriptedEngine, **options: Any) -> tuple[State, list[Event]]:
-    events: list[Event] = []
-    async with open_run(state, engine, **options) as stream:
-        async for event in stream:
-            if not isinstance(event, RolloutDelta):
-                events.append(event)
-        return stream.state, events
-
-
-def run(params: Params, engine: ScriptedEngine, templates: Templates, problem: Problem = PROBLEM) -> State:
-    return run_virtual(go(init("run", problem, params, templates), engine))[0]
-
+from tests.helpers.runs import PROBLEM, World, go, params_of_runs, property_of_runs, run
 
 # The property that everything stands on.
 
