@@ -40,6 +40,8 @@ _NUMBERS = (
     "final_candidates",
     "budget_tokens",
     "seed",
+    "quorum",
+    "start_small",
 )
 
 
@@ -67,8 +69,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in _NUMBERS:
         method.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N")
     method.add_argument("--deadline-s", type=float, metavar="SECONDS", help="end with the best answer so far")
+    method.add_argument(
+        "--stop-when-agreed",
+        type=_agreement,
+        metavar="SHARE[,VOTES]",
+        help="end the run once so many answers of a round agree, such as 0.75,3",
+    )
+    method.add_argument("--skip-agreed-sets", action="store_true", default=None, help="never read answers that agree")
     method.add_argument("--temperature", type=float, help="how freely tokens are drawn (default: the server's)")
     parser.add_argument("--quiet", action="store_true", help="print the answer alone")
+
+
+def _agreement(text: str) -> dict[str, float]:
+    share, _, votes = text.partition(",")
+    try:
+        return {"share": float(share)} | ({"votes": int(votes)} if votes else {})
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share, or a share and votes such as 0.75,3") from None
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -157,7 +174,9 @@ def _wait_until_ready(url: str, process: subprocess.Popen[bytes], console: Conso
 
 def _ask(url: str, question: str, effort: str | None, arguments: argparse.Namespace, console: Console) -> None:
     mrsa: dict[str, object] = {
-        name: getattr(arguments, name) for name in (*_NUMBERS, "deadline_s") if getattr(arguments, name) is not None
+        name: getattr(arguments, name)
+        for name in (*_NUMBERS, "deadline_s", "stop_when_agreed", "skip_agreed_sets")
+        if getattr(arguments, name) is not None
     }
     if effort is not None:
         mrsa["effort"] = effort
@@ -278,6 +297,15 @@ class Board:
                 return f"round {event['round']}, rollout {event['index']} failed: {event['error']}"
             case "round.finished":
                 self._round(event).seconds = event["seconds"]
+            case "set.skipped":
+                self._round(event).marks.append("=")
+                return f"round {event['round']}, rollout {event['index']}: its set agrees, it is not generated"
+            case "quorum.reached":
+                return f"round {event['round']}: a quorum has ended, {event['stragglers']} are cut"
+            case "population.topped_up":
+                return f"the first rollouts do not agree, {event['rollouts']} more start"
+            case "answers.agreed":
+                return f"round {event['round']}: {event['votes']} of {event['ended']} agree, the run ends"
             case "run.finished":
                 self._report = event
         return None
@@ -325,7 +353,12 @@ class Board:
         )
         if saved.get("rollouts"):
             line += f"; {saved['rollouts']} rollouts were never started, as nothing reads them"
-        if self._report.get("stopped"):
+        for option in ("stop_when_agreed", "start_small", "skip_agreed_sets"):
+            if saved.get(option, {}).get("rollouts"):
+                line += f"; {option} saved {saved[option]['rollouts']} rollouts"
+        if saved.get("quorum", {}).get("cut"):
+            line += f"; quorum cut {saved['quorum']['cut']} rollouts"
+        if self._report.get("stopped") in ("deadline", "budget"):
             line += f"; stopped by its {self._report['stopped']}"
         if self._report.get("tails") == "approximate":
             line += "; tails are approximate: the engine gives no token ids"

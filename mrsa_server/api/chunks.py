@@ -7,7 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from harness.events import DeadlineReached, RolloutAborted, RolloutDelta, RolloutFailed, RolloutFinished, RunResumed
+from harness.events import (
+    AnswersAgreed,
+    DeadlineReached,
+    QuorumReached,
+    RolloutAborted,
+    RolloutDelta,
+    RolloutFailed,
+    RolloutFinished,
+    RunResumed,
+    SetSkipped,
+    ToppedUp,
+)
 from harness.markovian_rsa import State
 from harness.selection import extract_answer
 from harness.types import Params, Rollout, Slot
@@ -91,6 +102,15 @@ class ChatChunks:
                 if self._live.slot in slots and not self._over:
                     raise EngineFailed("the engine was lost after a part of the answer had been sent")
                 yield self._event("run.resumed", rollouts=len(slots))
+            case AnswersAgreed(slots, ended):
+                self._over = True
+                yield self._event("answers.agreed", round=slots[0].round, votes=len(slots), ended=ended)
+            case SetSkipped(slot, source):
+                yield self._event("set.skipped", round=slot.round, index=slot.index, source=source.index)
+            case QuorumReached(round, stragglers):
+                yield self._event("quorum.reached", round=round, stragglers=len(stragglers))
+            case ToppedUp(slots):
+                yield self._event("population.topped_up", rollouts=len(slots))
             case RoundFinished(round, stats, seconds):
                 yield self._event(
                     "round.finished",
@@ -132,8 +152,8 @@ class ChatChunks:
         yield DONE
 
     def _cut(self, state: State, live: Slot, best: Choice) -> Choice:
-        """A deadline cut the answer that was being sent: it stays as it stands, the better one goes into the report."""
-        text = f"the deadline cut the answer that was being sent; one of round {best.slot.round} is: {best.content}"
+        """The answer that was being sent was cut: it stays as it stands, the better one goes into the report."""
+        text = f"the answer that was being sent was cut; one of round {best.slot.round} is: {best.content}"
         self._notes.append(text)
         slot = live if live in state.rollouts else best.slot
         return Choice("", (), "length", slot)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 from harness.engine import Engine, EngineDead, EngineError
 from harness.events import RunFinished
 from harness.markovian_rsa import State
+from harness.savings import savings
 from harness.types import Finish, Rollout, Slot, Usage
 from mrsa_server.api.tools import Call, Reading, read_forced, read_free
 from mrsa_server.api.wire import Chat, echo
@@ -122,7 +124,7 @@ def report(run: Run, reply: Reply) -> dict[str, object]:
     skipped = state.skipped
     rounds: list[dict[str, object]] = []
     usage: list[dict[str, object]] = []
-    saved_tokens = 0
+    taken = Counter(slot.round for slot in state.shortcuts)
     for number, stats in enumerate(state.stats):
         rounds.append(
             {
@@ -132,14 +134,13 @@ def report(run: Run, reply: Reply) -> dict[str, object]:
                 "failed": stats.failed,
                 "aborted": stats.aborted,
                 "skipped": skipped[number],
+                "agreed": taken[number],
                 "looped": sum(rollout.loop for slot, rollout in state.rollouts.items() if slot.round == number),
                 "tokens": stats.usage.completion_tokens,
                 "seconds": round(run.seconds(number), 3),
             }
         )
         usage.append({"round": number, **_plain_usage(stats.usage)})
-        if stats.finished:
-            saved_tokens += round(skipped[number] * stats.usage.completion_tokens / stats.finished)
     return {
         **started(state, reply),
         "rounds": rounds,
@@ -153,9 +154,20 @@ def report(run: Run, reply: Reply) -> dict[str, object]:
             for slot, votes in zip(outcome.candidates, outcome.votes, strict=True)
         ],
         "stopped": outcome.stopped.value if outcome.stopped else None,
-        "saved": {"rollouts": sum(skipped), "tokens_estimate": saved_tokens},
+        "saved": _saved(state),
         "lost_tokens": state.charged_tokens,
         "usage": usage,
+    }
+
+
+def _saved(state: State) -> dict[str, object]:
+    """What lazy evaluation did without, and what each approximation that was asked for did."""
+    found = dict(savings(state))
+    unread = found.pop("unread")
+    return {
+        "rollouts": unread.rollouts,
+        "tokens_estimate": unread.tokens_estimate,
+        **{name: asdict(saving) for name, saving in found.items()},
     }
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from harness.engine import Vocabulary
-from harness.types import Carry, Params, Sampling, Selection
+from harness.types import Agreement, Carry, Params, Sampling, Selection
 from mrsa_server.api.errors import BadRequest
 from mrsa_server.settings import Effort, Settings
 
@@ -71,6 +71,10 @@ class Wishes:
     budget_tokens: int | None = None
     deadline_s: float | None = None
     final_temperature: float | None = None
+    stop_when_agreed: Agreement | None = None
+    skip_agreed_sets: bool = False
+    quorum: int | None = None
+    start_small: int | None = None
     final_field: str = "mrsa.final_tokens"
     ignored: tuple[str, ...] = ()
 
@@ -211,6 +215,10 @@ def decide_params(
         seed=seed,
         sampling=sampling,
         final_temperature=wishes.final_temperature,
+        stop_when_agreed=wishes.stop_when_agreed,
+        skip_agreed_sets=wishes.skip_agreed_sets,
+        quorum=wishes.quorum,
+        start_small=wishes.start_small,
     )
     return Decided(params, divisor, tuple(warnings))
 

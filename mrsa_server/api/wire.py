@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Annotated, Any, Literal, NamedTuple
 
 import orjson
@@ -24,7 +24,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from harness.types import AnswerRules, Carry, Message, Params, Problem, Sampling, Selection, ToolCall
+from harness.types import Agreement, AnswerRules, Carry, Message, Params, Problem, Sampling, Selection, ToolCall
 from mrsa_server.api.effort import Wishes
 from mrsa_server.api.errors import BadRequest
 from mrsa_server.api.schemas import MAX_TOOLS_BYTES, check_schema
@@ -208,6 +208,13 @@ class Reasoning(_Wire):
     summary: Literal["auto", "concise", "detailed"] | None = None
 
 
+class AgreementIn(_Wire):
+    """When equal answers end a run, as `harness.types.Agreement`."""
+
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    votes: Annotated[int, Field(ge=2, le=_MAX_INT)] = 2
+
+
 class MrsaIn(_Wire):
     """The request extension `mrsa`: overrides of the preset. Names and units are those of `Params`."""
 
@@ -225,6 +232,10 @@ class MrsaIn(_Wire):
     deadline_s: Annotated[float, Field(gt=0)] | None = None
     final_temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    stop_when_agreed: AgreementIn | None = None
+    skip_agreed_sets: bool | None = None
+    quorum: Tokens | None = None
+    start_small: Annotated[int, Field(ge=2, le=_MAX_INT)] | None = None
     stream: Literal["final", "rounds", "rollouts"] | None = None
 
 
@@ -501,7 +512,20 @@ def _to_schema(body: ChatBody, tools: tuple[Tool, ...], forced: bool) -> str | N
 
 # Under the plain name these ask for the method; the others (a seed, a deadline, what to stream) mean any generation.
 _SHAPE = frozenset(
-    {"population", "rounds", "set_size", "rollout_tokens", "tail_tokens", "final_candidates", "carry", "selection"}
+    {
+        "population",
+        "rounds",
+        "set_size",
+        "rollout_tokens",
+        "tail_tokens",
+        "final_candidates",
+        "carry",
+        "selection",
+        "stop_when_agreed",
+        "skip_agreed_sets",
+        "quorum",
+        "start_small",
+    }
 )
 
 
@@ -540,6 +564,10 @@ def to_wishes(chat: Chat, method: bool, default_effort: Effort) -> Wishes:
         budget_tokens=mrsa.budget_tokens,
         deadline_s=mrsa.deadline_s,
         final_temperature=mrsa.final_temperature,
+        stop_when_agreed=Agreement(**dict(mrsa.stop_when_agreed)) if mrsa.stop_when_agreed else None,
+        skip_agreed_sets=bool(mrsa.skip_agreed_sets),
+        quorum=mrsa.quorum,
+        start_small=mrsa.start_small,
         ignored=chat.warnings,
     )
     limit = chat.problem.answer.max_tokens
@@ -573,4 +601,8 @@ def echo(params: Params, effort: Effort) -> dict[str, object]:
         "deadline_s": params.deadline_s,
         "final_temperature": params.final_temperature,
         "seed": params.seed,
+        "stop_when_agreed": asdict(params.stop_when_agreed) if params.stop_when_agreed else None,
+        "skip_agreed_sets": params.skip_agreed_sets,
+        "quorum": params.quorum,
+        "start_small": params.start_small,
     }
