@@ -258,7 +258,7 @@ def _answer(state: State, slot: Slot) -> str | None:
 
 def _agreed(state: State, round: int, agreement: Agreement) -> AnswersAgreed | None:
     ended = tuple(slot for slot in sorted(state.rollouts) if slot.round == round and slot not in state.shortcuts)
-    if len(ended) < agreement.votes:
+    if len(ended) < agreement.min_votes:
         return None
     found = agreeing([_answer(state, slot) for slot in ended], agreement)
     return AnswersAgreed(tuple(ended[index] for index in found), len(ended)) if found else None

@@ -89,7 +89,7 @@ def agreeing(answers: Sequence[str | None], agreement: Agreement) -> tuple[int, 
     if not sizes:
         return ()
     best, votes = max(sizes.items(), key=lambda item: (item[1], -item[0]))
-    if votes < agreement.votes or votes / len(answers) < agreement.share:
+    if votes < agreement.min_votes or votes / len(answers) < agreement.share:
         return ()
     return tuple(index for index, group in enumerate(groups) if group == best)
 

@@ -190,19 +190,19 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """When equal answers are enough: at least `votes` of them, and at least `share` of a round's rollouts so far ended.
+    """When equal answers are enough: `min_votes` of them, and `share` of the round's rollouts that have ended.
 
     A rollout that ended without an answer counts against the share; one that failed does not count.
     """
 
-    share: float = 1.0
-    votes: int = 2
+    share: float = 0.75
+    min_votes: int = 3
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise InvalidParams("stop_when_agreed.share", f"must be above 0 and at most 1, not {self.share}")
-        if self.votes < 2:
-            raise InvalidParams("stop_when_agreed.votes", f"must be at least 2, not {self.votes}")
+        if self.min_votes < 2:
+            raise InvalidParams("stop_when_agreed.min_votes", f"must be at least 2, not {self.min_votes}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,10 +275,10 @@ class Params:
             raise InvalidParams("deadline_s", f"must be above 0, not {self.deadline_s}")
         if self.final_temperature is not None and not 0 <= self.final_temperature <= 2:
             raise InvalidParams("final_temperature", f"must be between 0 and 2, not {self.final_temperature}")
-        if self.stop_when_agreed is not None and self.stop_when_agreed.votes > self.population:
+        if self.stop_when_agreed is not None and self.stop_when_agreed.min_votes > self.population:
             raise InvalidParams(
-                "stop_when_agreed.votes",
-                f"must be at most population ({self.population}), not {self.stop_when_agreed.votes}",
+                "stop_when_agreed.min_votes",
+                f"must be at most population ({self.population}), not {self.stop_when_agreed.min_votes}",
             )
         if self.skip_agreed_sets and (self.set_size < 2 or self.rounds < 1):
             raise InvalidParams("skip_agreed_sets", "needs a set_size of at least 2 and at least 1 round")

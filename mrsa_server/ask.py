@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _agreement(text: str) -> dict[str, float]:
     share, _, votes = text.partition(",")
     try:
-        return {"share": float(share)} | ({"votes": int(votes)} if votes else {})
+        return {"share": float(share)} | ({"min_votes": int(votes)} if votes else {})
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a share, or a share and votes such as 0.75,3") from None
 

@@ -211,8 +211,8 @@ class Reasoning(_Wire):
 class AgreementIn(_Wire):
     """When equal answers end a run, as `harness.types.Agreement`."""
 
-    share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    votes: Annotated[int, Field(ge=2, le=_MAX_INT)] = 2
+    share: Annotated[float, Field(gt=0, le=1)] = Agreement().share
+    min_votes: Annotated[int, Field(ge=2, le=_MAX_INT)] = Agreement().min_votes
 
 
 class MrsaIn(_Wire):

@@ -67,7 +67,7 @@ def with_options(params: Params, options: dict[str, object]) -> Params:
     """The options as far as they fit the run."""
     agreement, population = options["stop_when_agreed"], params.population
     fitting = dict(options)
-    if isinstance(agreement, Agreement) and agreement.votes > population:
+    if isinstance(agreement, Agreement) and agreement.min_votes > population:
         fitting["stop_when_agreed"] = None
     fitting["skip_agreed_sets"] = bool(options["skip_agreed_sets"]) and params.set_size > 1 and params.rounds > 0
     for name in ("quorum", "start_small"):
@@ -340,7 +340,7 @@ def test_what_the_most_wait_for_goes_first(templates: Templates) -> None:
         ({"start_small": 9}, "start_small"),
         ({"skip_agreed_sets": True, "set_size": 1}, "skip_agreed_sets"),
         ({"skip_agreed_sets": True, "rounds": 0}, "skip_agreed_sets"),
-        ({"stop_when_agreed": Agreement(1.0, 9)}, "stop_when_agreed.votes"),
+        ({"stop_when_agreed": Agreement(1.0, 9)}, "stop_when_agreed.min_votes"),
     ],
 )
 def test_an_option_out_of_its_range_is_named(changes: dict[str, object], field: str) -> None:
@@ -349,10 +349,10 @@ def test_an_option_out_of_its_range_is_named(changes: dict[str, object], field: 
     assert error.value.field == field
 
 
-@pytest.mark.parametrize(("share", "votes", "field"), [(0.0, 2, "share"), (1.1, 2, "share"), (0.5, 1, "votes")])
-def test_an_agreement_out_of_its_range_is_named(share: float, votes: int, field: str) -> None:
+@pytest.mark.parametrize(("share", "min_votes", "field"), [(0.0, 2, "share"), (1.1, 2, "share"), (0.5, 1, "min_votes")])
+def test_an_agreement_out_of_its_range_is_named(share: float, min_votes: int, field: str) -> None:
     with pytest.raises(InvalidParams, match=rf"^stop_when_agreed\.{field}: "):
-        Agreement(share, votes)
+        Agreement(share, min_votes)
 
 
 def test_what_was_cut_says_nothing_after_its_end(templates: Templates) -> None:

@@ -36,7 +36,7 @@ async def both(script: Any, **mrsa: Any) -> tuple[dict[str, Any], list[dict[str,
 
 
 async def test_a_run_that_agrees_ends_early_and_reports_what_that_saved() -> None:
-    whole, stream = await both(agreeing, stop_when_agreed={"share": 0.6, "votes": 3})
+    whole, stream = await both(agreeing, stop_when_agreed={"share": 0.6, "min_votes": 3})
     report = whole["mrsa"]
     assert report["stopped"] == "agreed"
     assert whole["choices"][0]["message"]["content"] == joined(stream) == "It is \\boxed{42}"
@@ -49,7 +49,7 @@ async def test_a_run_that_agrees_ends_early_and_reports_what_that_saved() -> Non
     assert agreed["votes"] >= 3
     assert events(stream)[-1]["event"] == "run.finished"
     assert events(stream)[-1]["stopped"] == "agreed"
-    assert report["params"]["stop_when_agreed"] == {"share": 0.6, "votes": 3}
+    assert report["params"]["stop_when_agreed"] == {"share": 0.6, "min_votes": 3}
 
 
 async def test_sets_that_agree_are_taken_over() -> None:
@@ -93,7 +93,7 @@ async def test_all_are_off_unless_asked_for() -> None:
 
 
 async def test_parameters_in_force_can_be_sent_back() -> None:
-    first, _ = await both(agreeing, stop_when_agreed={"votes": 3}, skip_agreed_sets=True, quorum=6, start_small=4)
+    first, _ = await both(agreeing, stop_when_agreed={"min_votes": 3}, skip_agreed_sets=True, quorum=6, start_small=4)
     again, _ = await both(agreeing, **first["mrsa"]["params"])
     assert again["mrsa"]["params"] == first["mrsa"]["params"]
     assert again["choices"][0]["message"]["content"] == first["choices"][0]["message"]["content"]
@@ -109,8 +109,8 @@ async def test_parameters_in_force_can_be_sent_back() -> None:
         ({"mrsa": {**SIZES, "stop_when_agreed": True}}, "mrsa.stop_when_agreed"),
         ({"mrsa": {**SIZES, "stop_when_agreed": {"share": 1.5}}}, "mrsa.stop_when_agreed.share"),
         ({"mrsa": {**SIZES, "stop_when_agreed": {"share": 0}}}, "mrsa.stop_when_agreed.share"),
-        ({"mrsa": {**SIZES, "stop_when_agreed": {"votes": 1}}}, "mrsa.stop_when_agreed.votes"),
-        ({"mrsa": {**SIZES, "stop_when_agreed": {"votes": 9}}}, "mrsa.stop_when_agreed.votes"),
+        ({"mrsa": {**SIZES, "stop_when_agreed": {"min_votes": 1}}}, "mrsa.stop_when_agreed.min_votes"),
+        ({"mrsa": {**SIZES, "stop_when_agreed": {"min_votes": 9}}}, "mrsa.stop_when_agreed.min_votes"),
         ({"mrsa": {**SIZES, "stop_when_agreed": {"vote": 3}}}, "mrsa.stop_when_agreed.vote"),
         ({"mrsa": {**SIZES, "skip_agreed_sets": 1}}, "mrsa.skip_agreed_sets"),
         ({"mrsa": {**SIZES, "skip_agreed_sets": True, "set_size": 1}}, "mrsa.skip_agreed_sets"),
