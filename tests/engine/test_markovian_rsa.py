@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from harness.events import Event, RolloutDelta, RolloutFinished, RolloutStarted, RunFinished, Stopped
+from harness.events import Event, QuorumReached, RolloutDelta, RolloutFinished, RolloutStarted, RunFinished, Stopped
 from harness.markovian_rsa import State, init
 from harness.prompts import load_templates
 from harness.run import Watch, open_run
-from harness.types import Message, Params, Problem, Sampling, Slot
+from harness.types import Finish, Message, Params, Problem, Sampling, Slot
 from mrsa_server.engines.embedded import EmbeddedEngine
 from tests.engine.conftest import busy
 
@@ -107,3 +107,22 @@ async def test_the_engine_is_held_to_the_budget(engine: EmbeddedEngine) -> None:
     assert isinstance(state.outcome, RunFinished)
     assert state.usage.completion_tokens <= 64 + 6 * 40
     assert all(event.grant < 400 for event in events if isinstance(event, RolloutStarted))
+
+
+async def test_a_quorum_aborts_the_stragglers_and_reads_them_where_they_stand(engine: EmbeddedEngine) -> None:
+    params = replace(PARAMS, population=8, set_size=6, rounds=1, rollout_tokens=600, quorum=1)
+    problem = Problem((Message("user", ("Tell me a story about a lighthouse.",)),))
+    async with open_run(init("run", problem, params, load_templates()), engine) as events:
+        reached = False
+        async for event in events:
+            reached = reached or isinstance(event, QuorumReached)
+            if isinstance(event, RolloutStarted) and event.slot.round == 1:
+                assert reached
+        state = events.state
+    assert isinstance(state.outcome, RunFinished)
+    cut = [rollout for rollout in state.rollouts.values() if rollout.finish is Finish.ABORTED]
+    assert cut
+    for rollout in cut:
+        assert len(rollout.tail.token_ids) == params.tail_tokens
+        assert params.tail_tokens <= rollout.usage.completion_tokens < 600
+    await freed_within_a_second(engine)
