@@ -151,7 +151,8 @@ class State:
     @property
     def skipped(self) -> tuple[int, ...]:
         """By round: rollouts of the barrier loop that were never started, because nothing reads them."""
-        read = Counter(slot.round for slot in {*self.needed, *self.rollouts, *self.lost, *self.running})
+        late = (slot for slots in self.stragglers.values() for slot in slots)
+        read = Counter(slot.round for slot in {*self.needed, *self.rollouts, *self.lost, *self.running, *late})
         return tuple(max(0, self.params.count(round) - read[round]) for round in range(self.params.rounds + 1))
 
     @property

@@ -375,3 +375,16 @@ def test_what_was_cut_says_nothing_after_its_end(templates: Templates) -> None:
     deltas, state = run_virtual(follow())
     assert deltas > 0
     assert any(rollout.finish is Finish.ABORTED for rollout in state.rollouts.values())
+
+
+def test_a_straggler_that_never_started_is_told_apart_from_what_nobody_reads(templates: Templates) -> None:
+    """Of the last round's four, those whose inputs come late have not begun when the quorum is there."""
+    params = replace(SMALL, set_size=2, rounds=1, final_candidates=8, quorum=1)
+    slow = {f"r0i{index}": (390, "42") for index in range(4, 8)}
+    params = replace(params, tail_tokens=390)
+    state, events = logged(params, saying(tokens=20, **slow), templates)
+    reached = next(event for event in events if isinstance(event, QuorumReached) and event.round == 1)
+    never = [slot for slot in reached.stragglers if not state.ended(slot)]
+    assert never, "the case is there"
+    assert savings(state)["quorum"].rollouts == len(never)
+    assert state.skipped[1] == 0
