@@ -126,8 +126,10 @@ def test_where_no_answers_agree_nothing_is_approximated(
     templates: Templates, params: Params, key: int, failing: int
 ) -> None:
     wish = {"stop_when_agreed": Agreement(0.5, 2), "skip_agreed_sets": True, "start_small": 3, "quorum": None}
-    params = replace(params, rollout_tokens=400, final_tokens=400)  # all come to an answer, each to another
-    plain = run(replace(params, deadline_s=1e9), World(key, failing), templates)
+    wish["deadline_s"] = 1e9
+    # All come to an answer, each to another; and all are read to their ends, where some break.
+    params = replace(params, rollout_tokens=400, final_tokens=400, deadline_s=1e9)
+    plain = run(params, World(key, failing), templates)
     state, events = logged(with_options(params, wish), World(key, failing), templates)
     assert not any(isinstance(event, AnswersAgreed | SetSkipped) for event in events)
     assert state.outcome == plain.outcome
