@@ -21,8 +21,10 @@ from mrsa_server import __version__
 from mrsa_server.api import chat, health, models
 from mrsa_server.api.errors import NO_RETRY, ApiError, to_response
 from mrsa_server.api.idempotency import Keys
+from mrsa_server.descriptors import Places, current_limit, share_out
 from mrsa_server.engines.build import ServedEngine, build
 from mrsa_server.metrics import Metrics
+from mrsa_server.runs.admission import Admission
 from mrsa_server.runs.host import EngineHost
 from mrsa_server.runs.runner import Runner
 from mrsa_server.settings import Settings
@@ -42,8 +44,15 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         metrics = Metrics()
         host = EngineHost(engine or build(settings))
+        admission = Admission(
+            host,
+            metrics,
+            max_tokens=settings.max_inflight_tokens,
+            max_calls=places(settings).calls,
+        )
         runner = Runner(
             host,
+            admission,
             metrics,
             max_runs=settings.max_runs,
             max_queued=settings.max_queued,
@@ -79,6 +88,11 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
     return app
 
 
+def places(settings: Settings) -> Places:
+    """How many connections and calls the file descriptors allow, as they are limited now."""
+    return share_out(current_limit(), settings.max_inflight_calls, remote=settings.engine == "openai")
+
+
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)  # registered for it alone
     return to_response(error)
@@ -93,7 +107,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
-_QUIET = frozenset({"/health/live", "/health/ready", "/metrics"})
+QUIET = frozenset({"/health/live", "/health/ready", "/metrics"})
 
 
 class RequestScope:
@@ -130,7 +144,7 @@ class RequestScope:
                 raise  # the connection has to be cut: half an answer must not look like a whole one
             broken = ApiError(500, "internal_error", "The server failed.", headers=NO_RETRY)
             await to_response(broken)(scope, receive, send_with_id)
-        if scope["path"] not in _QUIET:
+        if scope["path"] not in QUIET:
             log.info(
                 "request",
                 request_id=request_id,

@@ -12,7 +12,7 @@ from harness.types import Usage
 _SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 3600)
 
 RunStatus = Literal["finished", "stopped", "failed", "cancelled", "refused"]
-Rejection = Literal["overloaded", "shutting_down"]
+Rejection = Literal["overloaded", "shutting_down", "connections"]
 
 
 class Metrics:
@@ -24,6 +24,21 @@ class Metrics:
         self.queued = Gauge("mrsa_runs_queued", "Runs that wait for a place", registry=registry)
         self.running = Gauge("mrsa_runs_running", "Runs in flight", registry=registry)
         self.engine_up = Gauge("mrsa_engine_up", "Whether the engine answers", registry=registry)
+        self.inflight_tokens = Gauge(
+            "mrsa_inflight_tokens", "Tokens that the rollouts in the engine count for", registry=registry
+        )
+        self.max_inflight_tokens = Gauge(
+            "mrsa_inflight_tokens_limit", "Tokens that may be in the engine at once", registry=registry
+        )
+        self.rollouts_waiting = Gauge(
+            "mrsa_rollouts_waiting", "Rollouts that wait for room in the engine", registry=registry
+        )
+        self.admission_seconds = Histogram(
+            "mrsa_rollout_admission_seconds",
+            "Seconds that a rollout waited for room in the engine",
+            buckets=(0.001, 0.01, *_SECONDS),
+            registry=registry,
+        )
         self._runs = Counter("mrsa_runs", "Runs that have ended", ["status"], registry=registry)
         self.run_seconds = Histogram(
             "mrsa_run_duration_seconds", "From admission to the end", buckets=_SECONDS, registry=registry

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import socket
 import sys
@@ -15,14 +16,23 @@ import uvicorn
 from fastapi import FastAPI
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from mrsa_server import logs
-from mrsa_server.app import create_app
-from mrsa_server.runs.host import Health
+from mrsa_server.api.errors import ApiError, to_response
+from mrsa_server.app import QUIET, RequestScope, create_app, places
+from mrsa_server.descriptors import raise_limit
+from mrsa_server.metrics import Metrics
+from mrsa_server.runs.host import EngineHost, Health
 from mrsa_server.runs.runner import Runner
 from mrsa_server.settings import Settings
 
+_RETRY_AFTER_S = 5
+_CROWDED_S = 10
+# Python looks through what is new after 700 new objects, and through all that lives whenever that has grown by a
+# quarter: at 1,000 runs in flight it took 11 of 26 s of CPU (`tests.bench.load`). So, 0.5 of 15 s, and no more memory.
+_GARBAGE = (50_000, 10, 10)
 _FAILED = 3  # exit status of a server whose engine cannot start, as uvicorn's for a failed start
 
 
@@ -77,6 +87,8 @@ def run(arguments: argparse.Namespace) -> int:
     parser = argparse.ArgumentParser(prog="mrsa serve", usage="mrsa serve [flags]; see mrsa serve --help")
     settings = read_settings(vars(arguments), parser)
     logs.configure(settings.log_level, settings.log_format)
+    raise_limit()
+    room = places(settings)
     app = create_app(settings)
     config = uvicorn.Config(
         app,
@@ -91,6 +103,8 @@ def run(arguments: argparse.Namespace) -> int:
         proxy_headers=False,
         timeout_keep_alive=75,  # longer than clients keep their connections, so that theirs is never the stale end
         timeout_graceful_shutdown=5,  # `Runner.drain` has given the grace before
+        limit_concurrency=room.connections,
+        backlog=room.backlog,
     )
     server = DrainingServer(config, app, settings.shutdown_grace_s)
     server.run()
@@ -105,9 +119,21 @@ class Unpipelined(HttpToolsProtocol):
     """Answers one request at a time, and closes after it where a second one came before its end.
 
     uvicorn would keep the second for later and stop reading: then nobody would notice that the client has left.
+
+    A connection beyond `limit_concurrency` is told so in the words of the API, and closed: without descriptors nobody
+    could be told anything. uvicorn counts requests too, and says nothing of when to come back.
     """
 
     _crowded = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client is there."""
+        most, self.limit_concurrency = self.limit_concurrency, None
+        super().connection_made(transport)
+        if most is not None and len(self.connections) > most:
+            self.app = RequestScope(Crowded(self.config.app, most))
+            # As long as it may take to ask; then it goes.
+            self.timeout_keep_alive_task = self.loop.call_later(_CROWDED_S, self.timeout_keep_alive_handler)
 
     def on_headers_complete(self) -> None:
         """A request is there: one that comes before the answer to the last is dropped, which HTTP allows."""
@@ -136,19 +162,56 @@ class Unpipelined(HttpToolsProtocol):
             super().data_received(data)
 
 
+def settle_heap() -> None:
+    """Take what is there now, modules and the engine, out of the garbage collector's sight; let it look less often."""
+    gc.unfreeze()  # what an engine that was started anew has left behind
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*_GARBAGE)
+
+
+class Crowded:
+    """What a connection gets for which there is no place; probes are answered all the same."""
+
+    def __init__(self, app: object, connections: int) -> None:
+        assert isinstance(app, FastAPI)  # `run` serves nothing else
+        self._app = app
+        self._connections = connections
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse one request."""
+        if scope["path"] in QUIET:
+            await self._app(scope, receive, send)
+            return
+        metrics: Metrics = self._app.state.metrics
+        metrics.count_rejection("connections")
+        message = f"{self._connections} connections are open, as many as this server has places for."
+        headers = (("retry-after", str(_RETRY_AFTER_S)), ("connection", "close"))
+        await to_response(ApiError(503, "server_overloaded", message, headers=headers))(scope, receive, send)
+
+
 class DrainingServer(uvicorn.Server):
     """Leaves in order: not ready, runs end or are ended, and only then the sockets close."""
 
     def __init__(self, config: uvicorn.Config, app: FastAPI, grace_s: float) -> None:
         super().__init__(config)
         self.failed = False
+        self._engine_up = False
         self._app = app
         self._grace_s = grace_s
 
+    @property
+    def _host(self) -> EngineHost:
+        runner: Runner = self._app.state.runner
+        return runner.host
+
     async def on_tick(self, counter: int) -> bool:
         """Also leave when the engine can never start: whoever watches the process is to know."""
-        runner: Runner = self._app.state.runner
-        self.failed = runner.host.health is Health.FAILED
+        host = self._host
+        if host.up and not self._engine_up:
+            settle_heap()
+        self._engine_up = host.up
+        self.failed = host.health is Health.FAILED
         return self.failed or await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

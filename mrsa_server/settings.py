@@ -118,8 +118,21 @@ class Settings(BaseSettings):
         description="what becomes of an image inside a message: a note to the model that it is not shown, or a 400",
     )
 
-    max_runs: Count = Field(256, title=_LIMITS, description="runs in flight; more wait")
-    max_queued: int = Field(256, ge=0, title=_LIMITS, description="runs that may wait; more are a 503")
+    max_inflight_tokens: Count | None = Field(
+        None,
+        title=_LIMITS,
+        description="tokens in the engine at once, prompts and what is expected to be generated; the rollouts of all "
+        "runs wait for room in one queue. By default what the engine's KV cache holds, or 2.6 million where it cannot "
+        "tell (one H200 with ZAYA1-8B)",
+    )
+    max_inflight_calls: Count = Field(
+        4096,
+        title=_LIMITS,
+        description="generations in the engine at once, however small; fewer where file descriptors are scarce",
+    )
+    # Tokens bound the work, so this bounds memory alone: at its end a `medium` run holds 2 MB, one of `max` 11.
+    max_runs: Count = Field(1024, title=_LIMITS, description="runs in flight; more wait")
+    max_queued: int = Field(1024, ge=0, title=_LIMITS, description="runs that may wait; more are a 503")
     max_body_bytes: Count = Field(8 * 2**20, title=_LIMITS, description="largest request body")
     body_timeout_s: Seconds = Field(30.0, title=_LIMITS, description="seconds within which a body must have arrived")
     max_population: Count = Field(64, title=_LIMITS, description="largest population")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from harness.engine import Engine
+from mrsa_server.descriptors import SHORT_CALLS
 from mrsa_server.settings import Settings
 
 
@@ -35,6 +36,21 @@ class ServedEngine(Engine, Protocol):
         ...
 
 
+@runtime_checkable
+class KnowsItsMemory(Protocol):
+    """An engine that knows its own memory."""
+
+    @property
+    def memory_tokens(self) -> int | None:
+        """Tokens that its KV cache holds, prompts and generations together; None where not known."""
+        ...
+
+
+def memory_tokens(engine: ServedEngine) -> int | None:
+    """Tokens that a started engine's memory holds; None where it cannot tell, as most remote ones."""
+    return engine.memory_tokens if isinstance(engine, KnowsItsMemory) else None
+
+
 def build(settings: Settings) -> ServedEngine:
     """The engine that the settings name, not yet started.
 
@@ -53,6 +69,7 @@ def build(settings: Settings) -> ServedEngine:
                 api_key=key.get_secret_value() if key else None,
                 read_timeout_s=settings.engine_timeout_s,
                 priority=settings.engine_priority,
+                max_connections=settings.max_inflight_calls + SHORT_CALLS,
             )
         case "vllm":
             from mrsa_server.engines.vllm import VllmEngine

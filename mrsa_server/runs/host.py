@@ -9,7 +9,7 @@ import structlog
 
 from harness.engine import EngineDead
 from mrsa_server.api.errors import EngineUnavailable
-from mrsa_server.engines.build import ServedEngine
+from mrsa_server.engines.build import ServedEngine, memory_tokens
 
 _POLL_S = 0.25
 _SLOWEST_POLL_S = 2.0
@@ -34,6 +34,7 @@ class EngineHost:
         self.engine = engine
         self.health = Health.STARTING
         self.reason = "it is starting"
+        self.memory_tokens: int | None = None  # of the engine, once it is up and where it can tell
         self._up = asyncio.Event()
         self._lost = asyncio.Event()
 
@@ -90,8 +91,9 @@ class EngineHost:
 
     def _rise(self) -> None:
         self.health, self.reason = Health.UP, ""
+        self.memory_tokens = memory_tokens(self.engine)
         self._up.set()
-        log.info("engine up", model=self.engine.model)
+        log.info("engine up", model=self.engine.model, memory_tokens=self.memory_tokens)
 
     def lost(self, reason: str) -> None:
         """Say that a generation met a dead engine."""

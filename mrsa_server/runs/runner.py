@@ -7,7 +7,7 @@ kept here.
 from __future__ import annotations
 
 import asyncio
-import itertools
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -18,6 +18,7 @@ from harness.engine import EngineDead
 from harness.events import (
     DeadlineReached,
     Event,
+    QuorumReached,
     RolloutAborted,
     RolloutDelta,
     RolloutFailed,
@@ -26,10 +27,12 @@ from harness.events import (
     RunFailed,
     RunFinished,
     RunResumed,
+    SetSkipped,
     Stopped,
 )
 from harness.markovian_rsa import RoundStats, State, apply
 from harness.run import Watch, open_run
+from harness.savings import savings
 from harness.selection import MathJudge
 from harness.types import Rollout, Slot, Trace
 from mrsa_server.api.errors import (
@@ -44,6 +47,7 @@ from mrsa_server.api.errors import (
 )
 from mrsa_server.engines.build import ServedEngine
 from mrsa_server.metrics import Metrics, RunStatus
+from mrsa_server.runs.admission import Admission
 from mrsa_server.runs.host import EngineHost
 
 _RETRY_AFTER_S = 5
@@ -97,6 +101,9 @@ class _Joined:
     delta: RolloutDelta
     texts: list[str]
 
+    def whole(self) -> RolloutDelta:
+        return self.delta if len(self.texts) == 1 else replace(self.delta, text="".join(self.texts))
+
 
 class Subscription:
     """What one reader has still to read of a run."""
@@ -104,7 +111,7 @@ class Subscription:
     def __init__(self) -> None:
         self._items: deque[Item | _Joined] = deque()
         self._open: dict[tuple[Slot, bool], _Joined] = {}
-        self._wake = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
         self._end: ApiError | bool = False
 
     def put(self, item: Item) -> None:
@@ -126,7 +133,7 @@ class Subscription:
                 case RunResumed():
                     self._open.clear()
             self._items.append(item)
-        self._wake.set()
+        self._wake()
 
     def _close(self, slot: Slot) -> None:
         self._open.pop((slot, False), None)
@@ -135,7 +142,7 @@ class Subscription:
     def end(self, error: ApiError | None) -> None:
         """Nothing follows; with an error, the run has none."""
         self._end = error or True
-        self._wake.set()
+        self._wake()
 
     async def next(self, timeout_s: float | None = None) -> list[Item]:
         """All that is there to read, at least one item; nothing after the end.
@@ -149,15 +156,32 @@ class Subscription:
                 raise self._end
             if self._end:
                 return []
-            self._wake.clear()
-            async with asyncio.timeout(timeout_s):
-                await self._wake.wait()
-        items = [
-            replace(item.delta, text="".join(item.texts)) if isinstance(item, _Joined) else item for item in self._items
-        ]
+            await self._wait(timeout_s)
+        items = [item.whole() if isinstance(item, _Joined) else item for item in self._items]
         self._items.clear()
         self._open.clear()
         return items
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def _wait(self, timeout_s: float | None) -> None:
+        # A bare future: this is run for every delta, and an `asyncio.timeout` costs more than all else here.
+        loop = asyncio.get_running_loop()
+        waiter = self._waiter = loop.create_future()
+        timer = None if timeout_s is None else loop.call_later(timeout_s, _expire, waiter)
+        try:
+            await waiter
+        finally:
+            self._waiter = None
+            if timer is not None:
+                timer.cancel()
+
+
+def _expire(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_exception(TimeoutError())
 
 
 @dataclass(slots=True)
@@ -282,14 +306,21 @@ class Run:
             case RolloutAborted(rollout):
                 yield event
                 yield from self._round_end(rollout.slot.round, now)
+            case SetSkipped(slot):
+                yield event
+                yield from self._round_end(slot.round, now)
+            case QuorumReached(round):
+                yield event
+                yield from self._round_end(round, now)
             case _:
                 yield event
 
     def _round_end(self, round: int, now: float) -> Iterator[Item]:
         state, clock = self.state, self.clocks.get(round)
         assert state is not None
-        if clock is not None:
-            clock.last = now
+        if clock is None:  # nothing of it was ever generated
+            return
+        clock.last = now
         if round not in self._reported and all(state.ended(slot) for slot in state.needed if slot.round == round):
             self._reported.add(round)
             yield RoundFinished(round, state.stats[round], self.seconds(round))
@@ -301,6 +332,7 @@ class Runner:
     def __init__(
         self,
         host: EngineHost,
+        admission: Admission,
         metrics: Metrics,
         *,
         max_runs: int,
@@ -310,18 +342,23 @@ class Runner:
         self.host = host
         self.draining = False
         self.tokens_per_s: float | None = None  # of the fastest rollout that was long enough to tell
+        self._admission = admission
         self._metrics = metrics
         self._max_runs = max_runs
         self._max_queued = max_queued
         self._engine_wait_s = engine_wait_s
         self._places = asyncio.Semaphore(max_runs)
         self._runs: set[Run] = set()
-        self._numbers = itertools.count()
+        self._priority = 0
         self._judge = MathJudge()
 
     def next_priority(self) -> int:
-        """The priority of the next run: older runs come first in the engine."""
-        return next(self._numbers)
+        """The priority of the next run: older runs come first in the engine.
+
+        Milliseconds since 1970, so that servers which share an engine agree, before and after a restart.
+        """
+        self._priority = max(self._priority + 1, time.time_ns() // 1_000_000)
+        return self._priority
 
     def submit(self, run_id: str, prepare: Prepare, deadline_s: float | None = None) -> Run:
         """Let a run in.
@@ -440,12 +477,13 @@ class Runner:
         """
         clock = asyncio.get_running_loop().time
         assert run.state is not None
+        engine = self._admission.through(self.host.engine, begun)
         lost_tokens: int | None = None
         deaths, ended = 0, 0
         while True:
             async with open_run(
                 run.state,
-                self.host.engine,
+                engine,
                 watch=watch,
                 judge=self._judge,
                 elapsed_s=clock() - begun,
@@ -523,7 +561,8 @@ class Runner:
             return
         outcome = state.outcome
         if isinstance(outcome, RunFinished):
-            self._metrics.skipped.labels("unread").inc(sum(state.skipped))
+            for option, saving in savings(state).items():
+                self._metrics.skipped.labels(option).inc(saving.rollouts)
             if outcome.votes[0] > 0 and len(outcome.candidates) > 1:
                 self._metrics.agreement.observe(outcome.votes[0] / len(outcome.candidates))
         usage = state.usage
@@ -548,7 +587,7 @@ def _verdict(state: State, failures: set[int | None]) -> tuple[ApiError | None, 
     """What the outcome is to a client."""
     match state.outcome:
         case RunFinished(stopped=stopped):
-            return None, "finished" if stopped is None else "stopped"
+            return None, "stopped" if stopped in (Stopped.DEADLINE, Stopped.BUDGET) else "finished"
         case RunFailed(reason):
             if state.stopping is Stopped.DEADLINE and state.params.deadline_s is not None:
                 return DeadlinePassed(state.params.deadline_s), "failed"

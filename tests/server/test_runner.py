@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -46,6 +49,23 @@ async def test_a_reader_gets_every_text_and_every_fact_in_order(items: list[Item
     assert [item for item in got if not isinstance(item, RolloutDelta)] == [
         item for item in put if not isinstance(item, RolloutDelta)
     ]
+
+
+async def test_a_reader_waits_until_something_comes_or_its_time_is_over() -> None:
+    subscription = Subscription()
+    with pytest.raises(TimeoutError):
+        await subscription.next(0.01)
+    reading = asyncio.create_task(subscription.next(5))
+    await asyncio.sleep(0)
+    subscription.put(DeadlineReached())
+    subscription.put(DeadlineReached())
+    assert len(await reading) == 2
+    reading = asyncio.create_task(subscription.next())
+    await asyncio.sleep(0)
+    reading.cancel()
+    await asyncio.wait((reading,))
+    subscription.end(None)
+    assert await subscription.next(0.01) == []
 
 
 async def test_unread_deltas_of_a_rollout_are_one_item() -> None:
