@@ -368,7 +368,7 @@ class _Generation:
         limit = request.max_tokens if self._engine.vocabulary.exact else 2 * request.max_tokens
         finish: Finish | None = None
         counted: int | None = None
-        text = ""
+        seen, longest = "", max(map(len, unthought.stop), default=0) if unthought is not None else 0
         async with aclosing(self._engine.generate(request)) as deltas:
             async for delta in deltas:
                 if request.stop_ids and builder.thought and delta.token_ids:  # the engine does not know stop ids
@@ -378,21 +378,21 @@ class _Generation:
                 builder.add(delta)
                 self._prompt_tokens += delta.prompt_tokens or 0
                 self._cached_tokens += delta.cached_tokens or 0
-                self._live.tokens = self.generated
+                self._live.tokens = generated = self.generated
                 finish, counted = delta.finish, delta.completion_tokens
                 if request.watched and delta.text and not self._to_be_dropped(unthought):
-                    self._inbox.put_nowait(RolloutDelta(request.slot, delta.text, not builder.thinking, self.generated))
+                    self._inbox.put_nowait(RolloutDelta(request.slot, delta.text, not builder.thinking, generated))
                 if finish is not None:
                     break
                 if unthought is not None and not builder.thinking and not builder.thought:
-                    text += delta.text
+                    seen = seen[-longest:] + delta.text if longest else ""
                     if unthought.max_tokens is not None and len(builder.token_ids) >= unthought.max_tokens:
                         finish = Finish.LENGTH
-                    elif any(stop in text for stop in unthought.stop):
+                    elif longest and any(stop in seen for stop in unthought.stop):
                         finish = Finish.STOP
-                if self.generated - before > limit:
+                if generated - before > limit:
                     finish = Finish.LENGTH  # an engine that does not keep to `max_tokens`
-                elif self._live.limit is not None and self.generated >= self._live.limit:
+                elif self._live.limit is not None and generated >= self._live.limit:
                     finish = Finish.ABORTED
                 elif detector.feed(delta.text):
                     self._loop, finish = True, Finish.LOOP
@@ -402,6 +402,8 @@ class _Generation:
         if finish is None:
             raise EngineError("the engine ended a generation without saying why")
         self._tokens = self.generated if counted is None else before + counted
+        if self._cut and unthought is not None and unthought.max_tokens is not None and not request.watched:
+            builder.bound_answer(unthought.max_tokens)  # of a delta of many tokens, some may be beyond it
         self._ids = len(builder.token_ids) - builder.inserted
         if finish is Finish.STOP and request.stop_ids and builder.thought:
             return Finish.THOUGHT

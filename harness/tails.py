@@ -22,6 +22,7 @@ class TraceBuilder:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._open = tuple(vocabulary.think_open)
         self._close = tuple(vocabulary.think_close)
+        self._longest = max(len(self._open), len(self._close))
         self.token_ids = array("I")
         self.inserted = 0  # ids that nobody generated: a forced end of the thinking
         self._reasoning_start = 0
@@ -47,7 +48,7 @@ class TraceBuilder:
         """Append a delta; a marker in it comes alone (see `Delta`)."""
         if delta.thinking and not self.token_ids:
             self._opened = True
-        ids = tuple(delta.token_ids) if len(delta.token_ids) <= max(len(self._open), len(self._close)) else None
+        ids = tuple(delta.token_ids) if len(delta.token_ids) <= self._longest else None
         if ids and ids == self._open and not self._opened and not self.thought:
             self._opened = True
             self._reasoning_start = len(self.token_ids) + len(ids)
@@ -60,6 +61,11 @@ class TraceBuilder:
         self._reasoning_end = len(self.token_ids)
         self.token_ids.extend(self._close)
         self.inserted += len(self._close)
+
+    def bound_answer(self, most_ids: int) -> None:
+        """Forget what a trace without any thinking has beyond its first ids."""
+        if not self._opened and self._reasoning_end is None:
+            del self.token_ids[most_ids:]
 
     def trace(self) -> Trace:
         """The trace as it stands."""

@@ -54,7 +54,7 @@ def _add_flag(group: argparse._ArgumentGroup, name: str, info: FieldInfo) -> Non
     default = info.get_default(call_default_factory=True)
     shown = "" if default in (None, {}) else f" (default: {default})"
     text = f"{info.description}{shown} [MRSA_{name.upper()}]".replace("%", "%%")
-    if info.annotation is bool:
+    if info.annotation in (bool, bool | None):
         group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         return
     choices = _choices(info.annotation)

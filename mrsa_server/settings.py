@@ -60,10 +60,11 @@ class Settings(BaseSettings):
         description="base URL of the server behind `--engine openai`, such as http://localhost:8001/v1",
     )
     engine_api_key: SecretStr | None = Field(None, description="key for the server behind `--engine openai`")
-    engine_priority: bool = Field(
-        False,
+    engine_priority: bool | None = Field(
+        None,
         title=_ENGINE,
-        description="send priorities to `--engine openai`; vLLM takes them with --scheduling-policy priority",
+        description="send priorities to `--engine openai` where it is vLLM, which heeds them with "
+        "--scheduling-policy priority; by default until it refuses one",
     )
     engine_context_tokens: Count | None = Field(
         None,

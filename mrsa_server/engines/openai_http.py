@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from enum import Enum
 from typing import Any
@@ -21,10 +21,12 @@ import aiohttp
 import httpx
 import orjson
 from httpx_aiohttp import AiohttpTransport
+from prometheus_client.parser import text_string_to_metric_families
 
 from harness.engine import Delta, EngineDead, EngineError, Vocabulary
 from harness.types import Message, RolloutRequest, TokenIds
-from mrsa_server.engines import UNWATCHED_INTERVAL
+from mrsa_server.engines import LONGEST_WAIT_S, UNWATCHED_INTERVAL, WATCHED_DELTAS_PER_S
+from mrsa_server.engines.openai_pace import Pace
 from mrsa_server.engines.openai_reply import IdReply, TextReply
 from mrsa_server.engines.openai_stream import (
     CLOSE,
@@ -48,7 +50,11 @@ CONTINUING = "Go on exactly where you were cut off, repeating nothing."
 _KEEPALIVE_S = 4.0
 _END_S = 1.0  # for a body to end after its `[DONE]`
 _RATIO = 4.0
+_MOST_METRICS = 1 << 22  # bytes
 _TRANSPORT = (httpx.TransportError, aiohttp.ClientError, OSError)
+_UNWATCHED_READS_PER_S = 200.0
+# What one stream is taken to make beside many others, where vLLM is asked to join its tokens.
+_TOKENS_PER_S = 40.0
 
 
 class Level(Enum):
@@ -73,7 +79,7 @@ class OpenAIEngine:
         silence_s: After so long without a byte for anyone, whether the server is still there is looked up.
         max_connections: Most at once; further generations wait here.
         max_tokens_field: Where the server wants the bound in a chat; `max_completion_tokens` for OpenAI's own models.
-        priority: Send priorities, which vLLM refuses without `--scheduling-policy priority`.
+        priority: Whether to send priorities to a server that takes ids (vLLM); None for until it refuses one.
     """
 
     def __init__(
@@ -87,7 +93,7 @@ class OpenAIEngine:
         silence_s: float = 15.0,
         max_connections: int = 4096,
         max_tokens_field: str = "max_tokens",
-        priority: bool = False,
+        priority: bool | None = None,
     ) -> None:
         self._root = url.rstrip("/").removesuffix("/v1")
         self.model = model or ""
@@ -100,9 +106,13 @@ class OpenAIEngine:
         self._timeouts = {"connect": connect_timeout_s, "read": read_timeout_s}
         self._max_connections = max_connections
         self._max_tokens_field = max_tokens_field
-        self._priority = priority
+        self._priority = priority is not False
+        self._priority_is_wish = priority is None
+        self.memory_tokens: int | None = None  # of the KV cache, where vLLM's metrics tell it
         self._urls: dict[str, httpx.URL] = {}
         self._transport: AiohttpTransport | None = None
+        self._watched = Pace(WATCHED_DELTAS_PER_S, LONGEST_WAIT_S)
+        self._unwatched = Pace(_UNWATCHED_READS_PER_S, LONGEST_WAIT_S)
         self._silence_s = silence_s
         self._open = 0  # generations
         self._heard = 0.0  # when any of them last brought a byte, on the loop's clock
@@ -173,13 +183,15 @@ class OpenAIEngine:
             thinking = self._ends_thinking(prompt, request.continuation)
             prompt += request.continuation
             path, body, prompt_tokens = "/v1/completions", self._completion(request, prompt), len(prompt)
+            del prompt
         else:
             path, body = "/v1/chat/completions", await self._chat(request)
         reply: IdReply | TextReply | None = None
-        frames = Frames()
-        async with self._guarded(), self._send("POST", path, body) as response:
+        frames, pace = Frames(), self._watched if request.watched else self._unwatched
+        async with self._guarded(), AsyncExitStack() as stack:
+            response = await self._begin(stack, path, body)
             yield Delta(prompt_tokens=prompt_tokens, thinking=thinking)
-            async for events in _events(response, frames):
+            async for events in _events(response, frames, pace):
                 self._heard = asyncio.get_running_loop().time()
                 if reply is None:
                     reply = self._reply(request, events, thinking)
@@ -195,6 +207,19 @@ class OpenAIEngine:
             self._learn(reply)  # Nobody comes back after the last delta.
             for delta in end:
                 yield delta
+
+    async def _begin(self, stack: AsyncExitStack, path: str, body: bytes) -> httpx.Response:
+        """A generation's response; where it was refused for its priority, that of another try without."""
+        try:
+            return await stack.enter_async_context(self._send("POST", path, body))
+        except EngineError as error:
+            fields = orjson.loads(body)
+            if not self._priority_is_wish or error.status not in (400, 422) or "priority" not in str(error).lower():
+                raise
+            if fields.pop("priority", None) is None:
+                raise
+            self._priority = False
+        return await stack.enter_async_context(self._send("POST", path, _dumps(fields)))
 
     async def decode(self, token_ids: TokenIds) -> str:
         """The text of some ids, special tokens left out."""
@@ -237,7 +262,23 @@ class OpenAIEngine:
             tokenizer.add_control(think_open + think_close)
         self._tokenizer = tokenizer
         self._vocabulary = Vocabulary(think_open, think_close, context_tokens=tokenizer.context_tokens)
+        self.memory_tokens = await self._find_memory()
         self.level = level
+
+    async def _find_memory(self) -> int | None:
+        """Tokens that the KV caches of a vLLM server hold together; None where it does not say."""
+        try:
+            async with self._send("GET", "/metrics") as response:
+                text = (await _body(response, most=_MOST_METRICS)).decode()
+            infos = [
+                sample.labels
+                for family in text_string_to_metric_families(text)
+                for sample in family.samples
+                if sample.name == "vllm:cache_config_info"
+            ]
+            return sum(int(info["num_gpu_blocks"]) * int(info["block_size"]) for info in infos) or None
+        except (EngineError, KeyError, ValueError):  # llama-server has other metrics, most servers none
+            return None
 
     async def _models(self) -> str:
         """The first model that the server lists; a server need not list any where the model is given."""
@@ -280,11 +321,12 @@ class OpenAIEngine:
             body["stop_token_ids"] = list(request.stop_ids)
         if request.answer.json_schema is not None:
             body["structured_outputs"] = {"json": orjson.loads(request.answer.json_schema)}
-        if not request.watched:
-            body["stream_interval"] = UNWATCHED_INTERVAL
+        interval = round(self._watched.wait_s * _TOKENS_PER_S) if request.watched else UNWATCHED_INTERVAL
+        if interval > 1:
+            body["stream_interval"] = interval
         if self._priority:
             body["priority"] = request.priority
-        return orjson.dumps(body)
+        return _dumps(body)
 
     async def _chat(self, request: RolloutRequest) -> bytes:
         """The body for /v1/chat/completions: text, every mark in a candidate broken."""
@@ -300,7 +342,7 @@ class OpenAIEngine:
         if request.answer.json_schema is not None:
             schema = {"name": "answer", "schema": orjson.loads(request.answer.json_schema)}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
-        return orjson.dumps(body)
+        return _dumps(body)
 
     async def _closing(self, continuation: tuple[int, ...]) -> list[ChatMessage]:
         """What it said so far, and what to do next: no chat can be continued inside a turn everywhere."""
@@ -461,37 +503,49 @@ class OpenAIEngine:
         return self._transport
 
 
-async def _events(response: httpx.Response, frames: Frames) -> AsyncIterator[list[Event]]:
+def _dumps(body: dict[str, object]) -> bytes:
+    """A body that is kept as long as its generation runs: orjson's own lies in a buffer of up to 64 KB."""
+    return bytes(memoryview(orjson.dumps(body)))
+
+
+async def _events(response: httpx.Response, frames: Frames, pace: Pace) -> AsyncIterator[list[Event]]:
     """The events of each read; one event where the server does not stream."""
     if response.headers.get("content-type", "").startswith("application/json"):
         yield [parse(await _body(response))]
         frames.done = True
         return
     try:
-        reads = aiter(_stream(response))
-        async for data in reads:
-            events = frames.feed(data)
-            if events:
-                yield events
-            if frames.done:
-                break
-        if frames.done:  # A body that is read to its end gives its connection back; waiting for that has a limit.
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_END_S):
-                    async for _ in reads:
-                        pass
+        async with aclosing(pace.read(_below(response))) as reads:
+            async for data in reads:
+                events = frames.feed(data)
+                if events:
+                    yield events
+                if frames.done:
+                    break
+            if frames.done:  # A body that is read to its end gives its connection back; waiting for that has a limit.
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_END_S):
+                        async for _ in reads:
+                            pass
     except _TRANSPORT:
         if not frames.done:
             raise
 
 
+def _below(response: httpx.Response) -> aiohttp.ClientResponse:
+    """What aiohttp knows of a response: its socket, which can be left unread for a while."""
+    below = response.stream._aiohttp_response  # type: ignore[union-attr]
+    assert isinstance(below, aiohttp.ClientResponse)
+    return below
+
+
 async def _body(response: httpx.Response, most: int | None = None) -> bytes:
-    parts: list[bytes] = []
+    body = bytearray()
     async for data in _stream(response):
-        parts.append(data)
-        if most is not None and sum(map(len, parts)) > most:
+        body += data
+        if most is not None and len(body) > most:
             break
-    return b"".join(parts)
+    return bytes(body)
 
 
 def _stream(response: httpx.Response) -> httpx.AsyncByteStream:

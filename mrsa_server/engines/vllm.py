@@ -11,7 +11,7 @@ import itertools
 import logging
 import os
 import warnings
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -25,6 +25,7 @@ from mrsa_server.engines.prompting import ChatMessage, PromptIds
 from mrsa_server.engines.tokens import Pieces, Tokens
 
 if TYPE_CHECKING:
+    from vllm.config import SchedulerConfig
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -77,6 +78,16 @@ class VllmEngine:
     def vocabulary(self) -> Vocabulary:
         """What is known of the tokens; nothing before `start`."""
         return self._vocabulary
+
+    @property
+    def memory_tokens(self) -> int | None:
+        """Tokens that its KV cache holds; None before `start`."""
+        if self._llm is None:
+            return None
+        cache = self._llm.vllm_config.cache_config
+        # vLLM counts blocks, and in later versions tokens too: of one of its engines, with data parallelism.
+        tokens = getattr(cache, "kv_cache_size_tokens", None) or (cache.num_gpu_blocks or 0) * cache.block_size
+        return tokens * self._llm.vllm_config.parallel_config.data_parallel_size or None
 
     async def start(self) -> None:
         """Load the model; other tasks go on meanwhile.
@@ -135,7 +146,7 @@ class VllmEngine:
             raise EngineError(
                 f"a prompt of {len(prompt)} tokens leaves no room in the context of {context} tokens", 400
             )
-        pieces = Pieces(self._tokens, prompt, request.answer.stop)
+        pieces = Pieces(self._tokens, prompt, request.answer.stop, request.watched)
         request_id = f"{request.run_id}-{request.slot.round}.{request.slot.index}-{next(self._numbers)}"
         done = False
         try:
@@ -200,13 +211,38 @@ class _Vllm:
         self.refused: tuple[type[Exception], ...] = (ValueError, EngineGenerateError, family)
         # In 0.26 the interval is the whole engine's, in 0.32 a request has its own.
         self._has_interval = "stream_interval" in sampling_params.SamplingParams.__struct_fields__
+        self._holding: Callable[[int], dict[str, int]] | None = None  # once it is known to work
 
     def load(self, args: Mapping[str, object]) -> AsyncLLM:
         """Start the engine's processes and return when the model is loaded."""
         from vllm.platforms import current_platform
+        from vllm.usage.usage_lib import UsageContext
 
         mended = {"worker_cls": "mrsa_server.engines.vllm_cpu.Worker"} if current_platform.is_cpu() else {}
-        return self._llm.from_engine_args(self._args(**mended | dict(args)))
+        made = self._args(**mended | dict(args))
+        config = made.create_engine_config(UsageContext.ENGINE_CONTEXT)
+        reason = self._hold_back(config.scheduler_config)
+        if reason is not None:
+            log.warning("vLLM sends every token by itself, which costs the server more", reason=reason)
+        return self._llm.from_vllm_config(
+            config, enable_log_requests=made.enable_log_requests, disable_log_stats=made.disable_log_stats
+        )
+
+    def _hold_back(self, config: SchedulerConfig) -> str | None:
+        """Give vLLM's scheduler what `vllm_scheduler` says; why not, where that cannot be."""
+        if config.scheduler_cls is not None:
+            return f"the scheduler {config.scheduler_cls} was asked for"
+        try:
+            from mrsa_server.engines import vllm_scheduler
+        except (ImportError, AttributeError, TypeError) as error:
+            return f"this vLLM has another scheduler: {error}"
+        chosen = config.get_scheduler_cls()
+        name = vllm_scheduler.standing_for(chosen)
+        if name is None:
+            return f"the scheduler {chosen.__name__} is not known"
+        config.scheduler_cls = f"{vllm_scheduler.__name__}.{name}"
+        self._holding = vllm_scheduler.holding
+        return None
 
     def shutdown(self, llm: AsyncLLM) -> None:
         """Stop the engine's processes."""
@@ -226,8 +262,12 @@ class _Vllm:
         fields: dict[str, object] = {}
         if answer.json_schema is not None:
             fields["structured_outputs"] = self._params.StructuredOutputsParams(json=answer.json_schema)
-        if self._has_interval and not request.watched:
-            fields["stream_interval"] = UNWATCHED_INTERVAL
+        hold = 0 if request.watched else UNWATCHED_INTERVAL
+        # Stop strings are found behind the scheduler: what it holds back would be generated in vain.
+        if self._holding is not None and not answer.stop:
+            fields["extra_args"] = self._holding(hold)
+        elif self._has_interval and hold:
+            fields["stream_interval"] = hold
         return self._params.SamplingParams(
             max_tokens=request.max_tokens,
             stop_token_ids=list(request.stop_ids),

@@ -38,6 +38,19 @@ async def render(engine: EmbeddedEngine, texts: list[str]) -> tuple[int, ...]:
     return await engine._prompts.render(aggregation_messages(load_templates(), PROBLEM, tails, seed=1, round=1))
 
 
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+async def test_joined_bytes_are_what_the_tokenizer_decodes(engine: EmbeddedEngine, data: st.DataObject) -> None:
+    """Broken characters among them: its vocabulary holds single bytes."""
+    tokens = engine._tokens
+    assert tokens._bytes is not None
+    ids = data.draw(st.lists(st.integers(0, len(tokens._bytes) - 1) | st.integers(0, 300), max_size=40))
+    backend = tokens._tokenizer.backend_tokenizer
+    assert tokens.read(ids) == backend.decode(ids, skip_special_tokens=True)
+    beyond = [*ids, len(tokens._bytes) + 3]
+    assert tokens.read(beyond) == backend.decode(beyond, skip_special_tokens=True)
+
+
 async def test_candidates_are_spliced_as_their_own_ids(engine: EmbeddedEngine) -> None:
     text = "so the answer\n\n is  42 ..."
     ids = tuple(engine._tokens.encode(text))

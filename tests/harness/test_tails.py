@@ -36,6 +36,15 @@ def test_a_tail_is_the_end_of_the_reasoning_and_holds_no_marker(
     assert list(cut_tail(trace, tail, Carry.HYBRID)) == (answer or thinking)[-tail:]
 
 
+@given(ids, st.integers(0, 60))
+def test_an_answer_without_thinking_is_cut_at_its_bound_and_no_other(answer: list[int], most: int) -> None:
+    plain, thought = built(Delta(answer)), built(Delta((OPEN,)), Delta((CLOSE,)), Delta(answer))
+    for builder in (plain, thought):
+        builder.bound_answer(most)
+    assert list(plain.trace().token_ids) == answer[:most]
+    assert list(thought.trace().token_ids) == [OPEN, CLOSE, *answer]
+
+
 @given(ids, st.integers(1, 60))
 def test_the_tail_of_an_unfinished_rollout_is_its_open_reasoning(thinking: list[int], tail: int) -> None:
     builder = built(Delta((OPEN,)), Delta(thinking))

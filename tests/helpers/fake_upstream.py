@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import codecs
+import random
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -41,7 +43,11 @@ def encode(text: str) -> list[int]:
 
 def decode(ids: list[int]) -> str:
     """Special tokens included; broken UTF-8 replaced."""
-    return b"".join(bytes((i,)) if i < 256 else _NAMES[i].encode() for i in ids).decode(errors="replace")
+    return b"".join(map(_bytes, ids)).decode(errors="replace")
+
+
+def _bytes(token: int) -> bytes:
+    return bytes((token,)) if token < 256 else _NAMES[token].encode()
 
 
 def chat_template(messages: list[dict[str, Any]], tools: Any = None, think: bool = False) -> str:
@@ -61,8 +67,9 @@ class Script:
     Attributes:
         level: 1, 2 or 3, as the header says.
         ids: Level 1 without ids: an old vLLM that knows no `return_token_ids`.
-        delay_s: Seconds that a generation takes; its pieces come in `writes` equal steps of that.
+        delay_s: Seconds that a generation takes; its pieces come in `writes` equal steps of that, 0 for one write each.
         piece: Characters (level 1: ids) in one event of a stream.
+        interval: Level 1: put as many ids into an event as the request's `stream_interval` says, as vLLM does.
         reasoning: What it thinks; empty for a model that does not.
         think: Where the thinking stands: `content` (markers in the text), `field`, or `prompt` (the template opens it).
         field: Name of the field for `think="field"`.
@@ -75,6 +82,8 @@ class Script:
         down: Status of every answer, as while a model is loading.
         api_key: Without it in the header everything is a 401.
         raw: Bytes of an SSE body, written as they are in place of an answer, one write each.
+        refuses_priority: A priority other than 0 is a 400, as without vLLM's scheduling policy.
+        kv_blocks: Level 1: blocks of 16 tokens in the KV cache of each of its engines, told by its metrics.
     """
 
     level: int = 3
@@ -82,6 +91,7 @@ class Script:
     delay_s: float = 0.0
     writes: int = 1
     piece: int = 4
+    interval: bool = False
     reasoning: str = ""
     answer: str = "The answer is \\boxed{42}."
     think: str = "content"
@@ -96,6 +106,8 @@ class Script:
     down: int | None = None
     api_key: str | None = None
     raw: tuple[bytes, ...] = ()
+    refuses_priority: bool = False
+    kv_blocks: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -209,6 +221,8 @@ class _Connection(asyncio.Protocol):
             self._json({"object": "list", "data": [{"id": MODEL, "object": "model"}]})
         elif path == "/health":
             self._json({})
+        elif path == "/metrics" and script.kv_blocks:
+            self._text(_metrics(script.kv_blocks))
         elif path == "/v1/chat/completions" or (path == "/v1/completions" and script.level == 1):
             self._generate(path, body)
         elif path in ("/tokenize", "/detokenize", "/apply-template") and script.level < 3:
@@ -229,6 +243,9 @@ class _Connection(asyncio.Protocol):
         if fault is not None and fault.isdigit():
             self._end()
             return self._error(int(fault), "the fault that was asked for")
+        if script.refuses_priority and body.get("priority"):
+            self._end()
+            return self._error(400, "Got priority 5 but Priority scheduling is not enabled.")
         if fault == "hang":
             return
         events = list(_events(script, path, body))
@@ -238,7 +255,7 @@ class _Connection(asyncio.Protocol):
             return self._later(script.delay_s, lambda: self._json(_join(events, path), ends=True))
         else:
             frames = [b"data: %b\n\n" % orjson.dumps(event) for event in events] + [b"data: [DONE]\n\n"]
-            writes = min(script.writes, len(frames))
+            writes = min(script.writes or len(frames), len(frames))
             cuts = [round(i * len(frames) / writes) for i in range(writes + 1)]
             pieces = [b"".join(frames[a:b]) for a, b in pairwise(cuts)]
         if fault == "garbage":
@@ -280,8 +297,23 @@ class _Connection(asyncio.Protocol):
             % (status, len(data), data)
         )
 
+    def _text(self, text: str) -> None:
+        head = f"HTTP/1.1 200 OK\r\ncontent-type: text/plain; version=0.0.4\r\ncontent-length: {len(text)}\r\n\r\n"
+        self.transport.write((head + text).encode())
+
     def _error(self, status: int, message: str) -> None:
         self._json({"error": {"message": message, "type": "fault", "param": None, "code": status}}, status)
+
+
+def _metrics(kv_blocks: tuple[int, ...]) -> str:
+    """As vLLM 0.32 writes them, cut to what is of interest and one more."""
+    lines = ["# HELP vllm:num_requests_running Requests in execution.", "# TYPE vllm:num_requests_running gauge"]
+    lines += ['vllm:num_requests_running{engine="0",model_name="m"} 0.0']
+    lines += ["# HELP vllm:cache_config_info Information of the LLMEngine CacheConfig"]
+    lines += ["# TYPE vllm:cache_config_info gauge"]
+    for number, blocks in enumerate(kv_blocks):
+        lines += [f'vllm:cache_config_info{{block_size="16",engine="{number}",num_gpu_blocks="{blocks}"}} 1.0']
+    return "\n".join(lines) + "\n"
 
 
 def _tokens(script: Script, path: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -351,20 +383,27 @@ def _completion_events(script: Script, body: dict[str, Any]) -> Iterator[dict[st
     if len(ids) > body["max_tokens"]:
         ids, finish, reason = ids[: body["max_tokens"]], "length", None
     kept = ids[:-1] if finish == "stop" else ids
-    given = 0
-    for at in range(0, len(ids), script.piece):
-        part = ids[at : at + script.piece]
-        text = decode(kept[: at + script.piece]).rstrip("\ufffd")
-        last = at + script.piece >= len(ids)
-        choice: dict[str, Any] = {"index": 0, "text": text[given:], "finish_reason": finish if last else None}
-        given = max(given, len(text))
-        if last:
-            choice["stop_reason"] = reason
+    stream = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    # As vLLM: the first id goes out alone.
+    piece = max(script.piece, body.get("stream_interval") or 1) if script.interval else script.piece
+    cuts = [0, *range(1 if script.interval else piece, len(ids), piece), len(ids)]
+    for at, end in pairwise(cuts):
+        part = ids[at:end]
+        last = end == len(ids)
+        text = stream.decode(b"".join(map(_bytes, kept[at:end])), final=last)
+        choice: dict[str, Any] = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish if last else None}
+        choice["stop_reason"] = reason if last else None
         if script.ids and body.get("return_token_ids"):
             choice["token_ids"] = part
-            if at == 0:
-                choice["prompt_token_ids"] = prompt
-        yield {"id": "cmpl-0", "object": "text_completion", "created": 0, "model": MODEL, "choices": [choice]}
+            choice["prompt_token_ids"] = prompt if at == 0 else None
+        yield {
+            "id": "cmpl-b1f4e1d0a3c94b0d9c1be0a2b3c4d5e6",
+            "object": "text_completion",
+            "created": 1764000000,
+            "model": MODEL,
+            "choices": [choice],
+            "usage": None,
+        }
     yield _usage(len(prompt), len(ids), 16)
 
 
@@ -422,7 +461,10 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8099)
     parser.add_argument("--level", type=int, default=3, choices=(1, 2, 3))
     parser.add_argument("--delay", type=float, default=1.0, help="seconds a generation")
-    parser.add_argument("--writes", type=int, default=1, help="network writes that a generation comes in")
+    parser.add_argument("--writes", type=int, default=1, help="writes that a generation comes in; 0: one an event")
+    parser.add_argument("--piece", type=int, default=4, help="characters (level 1: ids) in an event")
+    parser.add_argument("--interval", action="store_true", help="level 1: keep to the requests' stream_interval")
+    parser.add_argument("--varied", action="store_true", help="answer in letters that do not repeat themselves")
     parser.add_argument("--tokens", type=int, default=16, help="tokens of four characters that the answer has")
     parser.add_argument(
         "--think", default=None, choices=("content", "field", "prompt"), help="think as long as it answers"
@@ -430,11 +472,15 @@ def main() -> None:
     parser.add_argument("--fault", default=None, help="400 429 500 503 hang reset truncate garbage error")
     parser.add_argument("--fault-every", type=int, default=1)
     options = parser.parse_args()
+    letters = random.Random(0).choices("etaoin shrdlu", k=4 * options.tokens)
+    text = "".join(letters) if options.varied else "so, " * options.tokens
     script = Script(
         level=options.level,
         delay_s=options.delay,
         writes=options.writes,
-        answer=("so, " * options.tokens)[: 4 * options.tokens - 8] + "Answer 4",
+        piece=options.piece,
+        interval=options.interval,
+        answer=text[: 4 * options.tokens - 8] + "Answer 4",
         reasoning="hm, " * options.tokens if options.think else "",
         think=options.think or "content",
         fault=options.fault,

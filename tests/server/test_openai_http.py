@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from harness.engine import Delta, EngineDead, EngineError
 from harness.types import AnswerRules, Finish, Message, RolloutRequest, Sampling, Slot, Tail
 from mrsa_server.engines.openai_http import Level, OpenAIEngine
+from mrsa_server.engines.openai_pace import Pace
 from mrsa_server.engines.openai_stream import CLOSE, OPEN, AnswerOnly, Frames, IdReader, Markers, TextReader
 from tests.helpers.fake_upstream import END_THINK, IM_END, THINK, FakeUpstream, Script, decode, encode
 
@@ -213,15 +214,40 @@ async def test_sampling_and_rules_reach_vllm() -> None:
         await collect(engine, request(answer=rules, sampling=sampling, seed=3, priority=-2, watched=False))
         body = upstream.generations[-1]
         assert body["structured_outputs"] == {"json": {"type": "object"}}
-        assert (body["stop"], body["seed"], body["priority"], body["stream_interval"]) == (["\n\n"], 3, -2, 16)
+        assert (body["stop"], body["seed"], body["priority"], body["stream_interval"]) == (["\n\n"], 3, -2, 128)
         assert (body["temperature"], body["top_p"], body["top_k"], body["min_p"]) == (0.5, 0.9, 7, 0.1)
         assert (body["presence_penalty"], body["frequency_penalty"], body["repetition_penalty"]) == (0.2, 0.0, 1.0)
 
 
-async def test_without_the_option_no_priority_is_sent() -> None:
+async def test_priorities_are_sent_until_they_are_refused() -> None:
     async with served(Script(level=1)) as (engine, upstream):
         await collect(engine, request(priority=5))
+        assert upstream.generations[-1]["priority"] == 5
+        upstream.change(refuses_priority=True)
+        assert (await collect(engine, request(priority=6)))[-1].finish is Finish.STOP
         assert "priority" not in upstream.generations[-1]
+        asked = len(upstream.generations)
+        await collect(engine, request(priority=7))
+        assert len(upstream.generations) == asked + 1, "it is not tried again"
+
+
+async def test_what_was_told_of_priorities_holds() -> None:
+    async with served(Script(level=1), priority=False) as (engine, upstream):
+        await collect(engine, request(priority=5))
+        assert "priority" not in upstream.generations[-1]
+    async with served(Script(level=1, refuses_priority=True), priority=True) as (engine, _):
+        with pytest.raises(EngineError, match="riority scheduling is not enabled"):
+            await collect(engine, request(priority=5))
+
+
+async def test_the_memory_of_a_vllm_server_is_read_from_its_metrics() -> None:
+    async with served(Script(level=1, kv_blocks=(1000, 500))) as (engine, _):
+        await engine.start()
+        assert engine.memory_tokens == 1500 * 16
+    for level in (1, 2, 3):
+        async with served(Script(level=level)) as (engine, _):
+            await engine.start()
+            assert engine.memory_tokens is None
 
 
 async def test_candidates_are_spliced_as_their_own_ids_without_control() -> None:
@@ -715,6 +741,61 @@ async def test_closing_the_generator_reaches_the_server_at_once() -> None:
         await settled(lambda: (upstream.stats.open, upstream.stats.aborted) == (0, 1))
         upstream.change(delay_s=0)
         assert text_of(await collect(engine, request()))
+
+
+async def beside(engine: OpenAIEngine, others: int, asked: RolloutRequest) -> list[Delta]:
+    """The deltas of one of several generations that run at once."""
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(others):
+            tasks.create_task(collect(engine, asked))
+        return await tasks.create_task(collect(engine, asked))
+
+
+@pytest.mark.parametrize("level", [1, 3])
+@pytest.mark.parametrize("watched", [True, False])
+async def test_of_many_streams_reads_are_joined_and_lose_nothing(level: int, watched: bool) -> None:
+    said = "".join(map(chr, range(97, 123))) * 10
+    script = Script(level=level, reasoning=REASONING, answer=said, piece=1, writes=0, delay_s=1.0)
+    async with served(script) as (engine, _):
+        alone = await beside(engine, 0, request(watched=True))
+        joined = await beside(engine, 59, request(watched=watched))
+        assert ids_of(joined) == ids_of(alone)
+        assert (text_of(joined), joined[-1].finish) == (text_of(alone), Finish.STOP)
+        assert 2 * len(joined) < len(alone)
+
+
+async def test_a_stream_that_rests_is_closed_at_once() -> None:
+    async with served(Script(level=1, answer="word " * 200, piece=1, writes=0, delay_s=30.0)) as (engine, upstream):
+        engine._watched = Pace(reads_per_s=0.01, longest_s=60.0)
+        generation = engine.generate(request())
+        for _ in range(3):  # what is known of the prompt, and two reads: after the second it rests
+            await anext(generation)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await anext(generation)
+        await generation.aclose()
+        await settled(lambda: upstream.stats.aborted == 1)
+
+
+async def test_a_connection_that_rested_serves_the_next_generation() -> None:
+    async with served(Script(level=1, answer=ANSWER, piece=1, writes=0, delay_s=0.3)) as (engine, upstream):
+        engine._watched = Pace(reads_per_s=1.0, longest_s=0.1)
+        for _ in range(3):
+            assert decode(ids_of(await collect(engine, request()))[:-1]) == ANSWER
+        assert upstream.stats.connections == 1
+
+
+async def test_of_many_watched_streams_vllm_is_asked_to_join_tokens() -> None:
+    async with served(Script(level=1, delay_s=60.0, writes=0)) as (engine, upstream):
+        tasks = [asyncio.create_task(collect(engine, request())) for _ in range(100)]
+        await settled(lambda: upstream.stats.open == 100)
+        assert "stream_interval" not in upstream.generations[0]
+        tasks.append(asyncio.create_task(collect(engine, request())))
+        await settled(lambda: upstream.stats.open == 101)
+        assert upstream.generations[-1]["stream_interval"] == 4  # a tenth of a second's tokens
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
 
 
 async def test_more_generations_than_connections_wait_for_one() -> None:
