@@ -9,15 +9,16 @@ from __future__ import annotations
 import asyncio
 import codecs
 import hashlib
-import heapq
 import json
 import random
 import selectors
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import dataclass
+from math import inf
 from typing import Any, TypeVar
 
 from harness.engine import Delta, EngineDead, EngineError, Vocabulary
+from harness.speed import Batch, EngineModel, Prefix, Stream
 from harness.types import Finish, Message, RolloutRequest, TokenIds
 
 THINK_OPEN, THINK_CLOSE, END = 256, 257, 258  # after the 256 bytes
@@ -41,20 +42,8 @@ class Script:
     fail_after: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """Tokens a second of one stream while `batch` streams run: `1 / (step_s + batch * stream_s)`; zeros are instant.
-
-    A decode step costs a fixed time (weights are read once) and a little for each stream (its KV cache).
-    """
-
-    step_s: float = 0.0
-    stream_s: float = 0.0
-
-    def tokens_per_s(self, batch: int) -> float:
-        """The rate of each of `batch` streams; infinity where the engine is instant."""
-        seconds = self.step_s + batch * self.stream_s
-        return 1 / seconds if seconds > 0 else float("inf")
+# The simple case is the usual one in tests: a fixed time a step, a little for each stream.
+Speed = EngineModel
 
 
 class ScriptedEngine:
@@ -63,7 +52,7 @@ class ScriptedEngine:
     Args:
         script: What a request generates; by default text that depends on `seed`, the place and the whole prompt.
         seed: Of the default script.
-        speed: How fast; instant by default.
+        speed: How fast it is and how much it holds; instant and boundless by default.
         chunk_tokens: Tokens a delta.
         thinking: Whether the model thinks; without, traces have no markers.
         mean_tokens: Mean length of the default script's thinking, in tokens.
@@ -76,7 +65,7 @@ class ScriptedEngine:
         script: Callable[[RolloutRequest], Script] | None = None,
         *,
         seed: int = 0,
-        speed: Speed | None = None,
+        speed: EngineModel | None = None,
         chunk_tokens: int = 1 << 20,
         thinking: bool = True,
         mean_tokens: int = 400,
@@ -94,7 +83,7 @@ class ScriptedEngine:
         self._seed = seed
         self._chunk_tokens = chunk_tokens
         self._mean_tokens = mean_tokens
-        self._pace = _Pace(speed or Speed())
+        self._pace = _Pace(speed or EngineModel())
         self._dead = False
 
     async def start(self) -> None:
@@ -143,28 +132,36 @@ class ScriptedEngine:
         whole = len(ids) <= limit
         ids = ids[:limit]
         finish = Finish.STOP if whole else Finish.LENGTH
+        prefixes = () if self._pace.instant else _prefixes(request, prompt_tokens)
+        stream = Stream(prompt_tokens, len(ids), prefixes, request.priority)
+        try:
+            self._pace.enter(stream)
+        except ValueError as error:
+            raise EngineError(str(error), 400) from None
         self.open_requests += 1
         self.total_requests += 1
-        stream = self._pace.enter()
         sent = 0
         prompt: int | None = prompt_tokens
+        cached: int | None = None
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         try:
             for part in _parts(ids, self._chunk_tokens):
                 if script.error is not None and sent + len(part) > script.fail_after:
-                    await stream.spend(script.fail_after - sent)
+                    await self._pace.reach(stream, script.fail_after)
                     raise script.error
-                await stream.spend(len(part))
+                sent += len(part)
+                await self._pace.reach(stream, sent)
                 if self._dead:
                     raise EngineDead("the scripted engine was killed")
-                sent += len(part)
+                if prompt is not None and not self._pace.instant:
+                    cached = stream.cached_tokens
                 text = decoder.decode(bytes(token for token in part if token < 256))
-                yield Delta(part, text, prompt_tokens=prompt)
-                prompt = None
+                yield Delta(part, text, prompt_tokens=prompt, cached_tokens=cached)
+                prompt = cached = None
             yield Delta((), decoder.decode(b"", final=True), finish=finish, prompt_tokens=prompt)
         finally:
             self.open_requests -= 1
-            stream.leave()
+            self._pace.leave(stream)
 
     def _ids(self, request: RolloutRequest, script: Script) -> list[int]:
         """All that is still to come, from where `continuation` stands."""
@@ -195,6 +192,25 @@ class ScriptedEngine:
             words.append(stream.choice(_WORDS))
         number = stream.choice((42, 42, 42, 7, 12))
         return Script(" ".join(words) + ".", f"The result follows from the steps above.\n\n\\boxed{{{number}}}")
+
+
+def _prefixes(request: RolloutRequest, prompt_tokens: int) -> tuple[Prefix, ...]:
+    """Where its prompt may part from another's: after each text, before a candidate.
+
+    What the same rollout has generated is in the cache still, as the last that was written there.
+    """
+    found: list[Prefix] = []
+    key, tokens = 0, 0
+    for message in request.messages:
+        for part in message.content:
+            text = part if isinstance(part, str) else part.text
+            key = hash((key, message.role, text))
+            tokens += len(text.encode("utf-8", "replace"))
+            if isinstance(part, str):
+                found.append(Prefix(key, tokens))
+    if request.continuation:
+        found[-1] = Prefix(found[-1].key, prompt_tokens)
+    return tuple(found)
 
 
 def instance_of(schema: dict[str, Any] | bool) -> object:
@@ -238,81 +254,59 @@ def _parts(ids: list[int], size: int) -> list[list[int]]:
 
 
 class _Pace:
-    """Processor sharing: all streams advance at one rate that falls with their number.
+    """A `Batch` on the event loop's clock: one timer, for whatever happens next."""
 
-    `work` is the number of tokens that a stream alive since the beginning would have; a stream waits for a value of it.
-    So a change of the batch moves one timer, not one for each stream.
-    """
-
-    def __init__(self, speed: Speed) -> None:
-        self._speed = speed
-        self._batch = 0
-        self._work = 0.0
-        self._since = 0.0
-        self._waiting: list[tuple[float, int, asyncio.Future[None]]] = []
-        self._count = 0
+    def __init__(self, model: EngineModel) -> None:
+        self.instant = model.instant
+        self._batch = Batch(model)
+        self._waiting: dict[Stream, asyncio.Future[None]] = {}
         self._timer: asyncio.TimerHandle | None = None
 
-    def enter(self) -> _Stream:
-        """One more stream."""
-        self._change(1)
-        return _Stream(self)
+    def enter(self, stream: Stream) -> None:
+        """A request is sent.
 
-    def _change(self, by: int) -> None:
-        now = asyncio.get_running_loop().time()
-        if self._batch and self._speed.tokens_per_s(self._batch) != float("inf"):
-            self._work += (now - self._since) * self._speed.tokens_per_s(self._batch)
-        self._since = now
-        self._batch += by
-        self._arm()
+        Raises:
+            ValueError: The KV cache could never hold it.
+        """
+        if not self.instant:
+            self._batch.enter(asyncio.get_running_loop().time(), stream)
+            self._arm()
 
-    async def wait(self, tokens: int) -> None:
-        """Until a stream has generated `tokens` more."""
-        if self._speed.tokens_per_s(1) == float("inf"):
+    async def reach(self, stream: Stream, tokens: int) -> None:
+        """Until a stream has generated so many tokens."""
+        if self.instant:
             await asyncio.sleep(0)
             return
-        self._change(0)
-        future = asyncio.get_running_loop().create_future()
-        self._count += 1
-        heapq.heappush(self._waiting, (self._work + tokens, self._count, future))
+        loop = asyncio.get_running_loop()
+        future = self._waiting[stream] = loop.create_future()
+        self._batch.report_at(loop.time(), stream, tokens)
         self._arm()
         await future
 
+    def leave(self, stream: Stream) -> None:
+        """The others are faster from now on."""
+        if not self.instant:
+            self._waiting.pop(stream, None)
+            self._batch.leave(asyncio.get_running_loop().time(), stream)
+            self._arm()
+
     def _arm(self) -> None:
+        at = self._batch.next_at()
         if self._timer is not None:
+            if self._timer.when() == at:
+                return
             self._timer.cancel()
             self._timer = None
-        while self._waiting and self._waiting[0][2].done():
-            heapq.heappop(self._waiting)
-        if self._waiting:
-            seconds = max(0.0, self._waiting[0][0] - self._work) / self._speed.tokens_per_s(max(1, self._batch))
-            self._timer = asyncio.get_running_loop().call_later(seconds, self._ring)
+        if at != inf:
+            self._timer = asyncio.get_running_loop().call_at(at, self._ring)
 
     def _ring(self) -> None:
         self._timer = None
-        due = self._waiting[0][0] if self._waiting else self._work
-        self._change(0)
-        self._work = max(self._work, due)  # a float's last digit must not cost another round
-        while self._waiting and self._waiting[0][0] <= self._work:
-            future = heapq.heappop(self._waiting)[2]
-            if not future.done():
+        for stream in self._batch.due(asyncio.get_running_loop().time()):
+            future = self._waiting.pop(stream, None)
+            if future is not None and not future.done():
                 future.set_result(None)
         self._arm()
-
-
-class _Stream:
-    """One stream's share in a `_Pace`."""
-
-    def __init__(self, pace: _Pace) -> None:
-        self._pace = pace
-
-    async def spend(self, tokens: int) -> None:
-        """Wait until so many more tokens are generated."""
-        await self._pace.wait(tokens)
-
-    def leave(self) -> None:
-        """The others are faster from now on."""
-        self._pace._change(-1)
 
 
 class VirtualClock(asyncio.SelectorEventLoop):

@@ -2,8 +2,8 @@
 
 Runs arrive at random (Poisson), nine in ten of the effort `low`, the others half `xhigh` and half `max`, at nine tenths
 of what the engine can do. The server's own runner and admission send them to the scripted engine on a virtual clock;
-only the order of the queue differs between the rows. The engine is that of `tests.bench.lazy`, and all tokens are a
-sixteenth of the real ones, memory included, so a second here stands for sixteen.
+only the order of the queue differs between the rows. A decode step takes 2.2 ms and 0.15 ms for each stream, and all
+tokens are a sixteenth of the real ones, memory included, so a second here stands for sixteen.
 
 Latency is from arrival to end. Slowdown is that divided by what the same run takes with the engine to itself.
 """
@@ -32,7 +32,7 @@ from mrsa_server.metrics import Metrics
 from mrsa_server.runs.admission import AGEING, USUAL_TOKENS, Admission, AdmittedEngine, Hold
 from mrsa_server.runs.host import EngineHost
 from mrsa_server.runs.runner import Prepared, Runner
-from tests.bench.lazy import _LETTERS as LETTERS
+from tests.bench.compare import LETTERS
 
 SCALE = 16
 SPEED = Speed(0.0022, 0.00015)
@@ -82,7 +82,7 @@ def params(kind: str, seed: int) -> Params:
 
 
 def say(request: RolloutRequest) -> Script:
-    """Lengths that depend on the run and the place alone, as in `tests.bench.lazy`."""
+    """Lengths that depend on the run and the place alone."""
     stream = random.Random(f"{request.run_id}/{request.slot}")
     length = int(stream.lognormvariate(0, 0.7) * 19_000 / SCALE)
     return Script(stream.randbytes(min(length, 40_960 // SCALE)).translate(LETTERS).decode(), "\\boxed{42}")
