@@ -260,7 +260,8 @@ class _Pace:
         self.instant = model.instant
         self._batch = Batch(model)
         self._waiting: dict[Stream, asyncio.Future[None]] = {}
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._at = inf  # when it rings; uvloop's handles do not always know
 
     def enter(self, stream: Stream) -> None:
         """A request is sent.
@@ -293,16 +294,18 @@ class _Pace:
     def _arm(self) -> None:
         at = self._batch.next_at()
         if self._timer is not None:
-            if self._timer.when() == at:
+            if self._at == at:
                 return
             self._timer.cancel()
             self._timer = None
         if at != inf:
+            self._at = at
             self._timer = asyncio.get_running_loop().call_at(at, self._ring)
 
     def _ring(self) -> None:
         self._timer = None
-        for stream in self._batch.due(asyncio.get_running_loop().time()):
+        # A loop may ring within its clock's resolution before the time that it was given.
+        for stream in self._batch.due(max(self._at, asyncio.get_running_loop().time())):
             future = self._waiting.pop(stream, None)
             if future is not None and not future.done():
                 future.set_result(None)

@@ -275,8 +275,11 @@ class Batch:
         return reached
 
     def _advance(self, now: float) -> None:
-        passed, self._now = now - self._now, now
-        if not self.size or passed <= 0:
+        passed = now - self._now
+        if passed <= 0:
+            return
+        self._now = now
+        if not self.size:
             return
         self.stream_s += passed * self.size
         if self._stall_s:
