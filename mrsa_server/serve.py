@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from mrsa_server import logs
-from mrsa_server.api.errors import ApiError, to_response
+from mrsa_server.api.errors import Crowded, to_response
 from mrsa_server.app import QUIET, RequestScope, create_app, places
 from mrsa_server.descriptors import raise_limit
 from mrsa_server.metrics import Metrics
@@ -28,7 +28,6 @@ from mrsa_server.runs.host import EngineHost, Health
 from mrsa_server.runs.runner import Runner
 from mrsa_server.settings import Settings
 
-_RETRY_AFTER_S = 5
 _CROWDED_S = 10
 # Python looks through what is new after 700 new objects, and through all that lives whenever that has grown by a
 # quarter: at 1,000 runs in flight it took 11 of 26 s of CPU (`tests.bench.load`). So, 0.5 of 15 s, and no more memory.
@@ -131,7 +130,7 @@ class Unpipelined(HttpToolsProtocol):
         most, self.limit_concurrency = self.limit_concurrency, None
         super().connection_made(transport)
         if most is not None and len(self.connections) > most:
-            self.app = RequestScope(Crowded(self.config.app, most))
+            self.app = RequestScope(Turnstile(self.config.app, most))
             # As long as it may take to ask; then it goes.
             self.timeout_keep_alive_task = self.loop.call_later(_CROWDED_S, self.timeout_keep_alive_handler)
 
@@ -170,7 +169,7 @@ def settle_heap() -> None:
     gc.set_threshold(*_GARBAGE)
 
 
-class Crowded:
+class Turnstile:
     """What a connection gets for which there is no place; probes are answered all the same."""
 
     def __init__(self, app: object, connections: int) -> None:
@@ -185,9 +184,7 @@ class Crowded:
             return
         metrics: Metrics = self._app.state.metrics
         metrics.count_rejection("connections")
-        message = f"{self._connections} connections are open, as many as this server has places for."
-        headers = (("retry-after", str(_RETRY_AFTER_S)), ("connection", "close"))
-        await to_response(ApiError(503, "server_overloaded", message, headers=headers))(scope, receive, send)
+        await to_response(Crowded(self._connections))(scope, receive, send)
 
 
 class DrainingServer(uvicorn.Server):

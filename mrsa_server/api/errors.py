@@ -5,6 +5,7 @@ ApiError
     UnknownModel       404  no such model is served here
     KeyInUse           409  the idempotency key stands for another body
     Overloaded         503  too many runs at once; a retry may succeed
+    Crowded            503  too many connections at once; likewise
     ShuttingDown       503  this server is about to leave; another one may answer
     EngineUnavailable  503  the engine is starting or gone; a retry may succeed
     EngineRefused      400  the engine refused every rollout for what stands in the request (a grammar, its length)
@@ -37,6 +38,8 @@ _TOP_LEVEL = frozenset(
 )
 # Where a retry of the SDK's would cost a second run.
 NO_RETRY = (("x-should-retry", "false"),)
+_RETRY_AFTER_S = 5
+_RETRY = (("retry-after", str(_RETRY_AFTER_S)),)
 
 
 class ApiError(Exception):
@@ -102,9 +105,17 @@ class KeyInUse(ApiError):
 class Overloaded(ApiError):
     """Too many runs at once."""
 
-    def __init__(self, running: int, queued: int, retry_after_s: int) -> None:
-        message = f"{running} runs are in flight and {queued} wait: try again in {retry_after_s} s."
-        super().__init__(503, "server_overloaded", message, headers=(("retry-after", str(retry_after_s)),))
+    def __init__(self, running: int, queued: int) -> None:
+        message = f"{running} runs are in flight and {queued} wait: try again in {_RETRY_AFTER_S} s."
+        super().__init__(503, "server_overloaded", message, headers=_RETRY)
+
+
+class Crowded(ApiError):
+    """Too many connections at once; this one is closed."""
+
+    def __init__(self, connections: int) -> None:
+        message = f"{connections} connections are open, as many as this server has places for."
+        super().__init__(503, "server_overloaded", message, headers=(*_RETRY, ("connection", "close")))
 
 
 class ShuttingDown(ApiError):
@@ -118,9 +129,8 @@ class ShuttingDown(ApiError):
 class EngineUnavailable(ApiError):
     """The engine is starting or gone, and did not come within the time that a request may wait for it."""
 
-    def __init__(self, reason: str, retry_after_s: int) -> None:
-        message = f"The engine is not available: {reason}"
-        super().__init__(503, "engine_unavailable", message, headers=(("retry-after", str(retry_after_s)),))
+    def __init__(self, reason: str) -> None:
+        super().__init__(503, "engine_unavailable", f"The engine is not available: {reason}", headers=_RETRY)
 
 
 class EngineRefused(ApiError):

@@ -13,7 +13,6 @@ from mrsa_server.api.wire import ALIAS_SUFFIX
 from mrsa_server.runs.host import EngineHost
 
 router = APIRouter()
-_RETRY_AFTER_S = 5
 
 
 class Names(NamedTuple):
@@ -55,7 +54,7 @@ class ModelNames:
             EngineUnavailable: The names are not known yet.
         """
         if self.names is None:
-            raise EngineUnavailable(self._host.reason, _RETRY_AFTER_S)
+            raise EngineUnavailable(self._host.reason)
         return [
             {"id": name, "object": "model", "created": self._created, "owned_by": "mrsa-server"} for name in self.names
         ]

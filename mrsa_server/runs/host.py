@@ -13,7 +13,6 @@ from mrsa_server.engines.build import ServedEngine, memory_tokens
 
 _POLL_S = 0.25
 _SLOWEST_POLL_S = 2.0
-_RETRY_AFTER_S = 10
 
 log = structlog.get_logger("mrsa.engine")
 
@@ -117,14 +116,14 @@ class EngineHost:
         if self.up:
             return
         if self.health is Health.FAILED:  # nobody waits for what never comes
-            raise EngineUnavailable(self.reason, _RETRY_AFTER_S)
+            raise EngineUnavailable(self.reason)
         try:
             async with asyncio.timeout(timeout_s):
                 await self._up.wait()
         except TimeoutError:
-            raise EngineUnavailable(self.reason, _RETRY_AFTER_S) from None
+            raise EngineUnavailable(self.reason) from None
         if not self.up:
-            raise EngineUnavailable(self.reason, _RETRY_AFTER_S)
+            raise EngineUnavailable(self.reason)
 
     async def check(self) -> bool:
         """Whether the engine is up, asking it."""

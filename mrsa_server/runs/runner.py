@@ -50,7 +50,6 @@ from mrsa_server.metrics import Metrics, RunStatus
 from mrsa_server.runs.admission import Admission
 from mrsa_server.runs.host import EngineHost
 
-_RETRY_AFTER_S = 5
 # An engine that dies again before any rollout has ended is not worth a sixth try.
 _MOST_DEATHS = 5
 _FIRST_PAUSE_S = 0.05
@@ -378,7 +377,7 @@ class Runner:
         alive = len(self._runs)
         if alive >= self._max_runs + self._max_queued:
             self._metrics.count_rejection("overloaded")
-            raise Overloaded(self._max_runs, alive - self._max_runs, _RETRY_AFTER_S)
+            raise Overloaded(self._max_runs, alive - self._max_runs)
         run = Run(run_id)
         if deadline_s is not None:
             run.deadline = asyncio.get_running_loop().time() + deadline_s
@@ -465,7 +464,7 @@ class Runner:
             except EngineDead as error:
                 self.host.lost(str(error))
                 await asyncio.sleep(_FIRST_PAUSE_S * 2**deaths)
-        raise EngineUnavailable(self.host.reason or "it dies again and again", _RETRY_AFTER_S)
+        raise EngineUnavailable(self.host.reason or "it dies again and again")
 
     async def _drive(self, run: Run, watch: Watch, begun: float) -> None:
         """Run to the outcome; a dead engine is waited for, and the run goes on from where it stands.
@@ -505,7 +504,7 @@ class Runner:
             try:
                 async with asyncio.timeout_at(run.deadline) as until:
                     if deaths > _MOST_DEATHS:
-                        raise EngineUnavailable(reason, _RETRY_AFTER_S)
+                        raise EngineUnavailable(reason)
                     await asyncio.sleep(_FIRST_PAUSE_S * 2**deaths)
                     await self.host.wait_up(self._engine_wait_s)
             except EngineUnavailable as error:
