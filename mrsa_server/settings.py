@@ -66,6 +66,12 @@ class Settings(BaseSettings):
         description="send priorities to `--engine openai` where it is vLLM, which heeds them with "
         "--scheduling-policy priority; by default until it refuses one",
     )
+    engine_max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = Field(
+        "max_tokens",
+        title=_ENGINE,
+        description="how `--engine openai` bounds a chat where the server takes no token ids; OpenAI's own models want "
+        "max_completion_tokens",
+    )
     engine_context_tokens: Count | None = Field(
         None,
         title=_ENGINE,

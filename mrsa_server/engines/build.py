@@ -68,6 +68,7 @@ def build(settings: Settings) -> ServedEngine:
                 settings.model,
                 api_key=key.get_secret_value() if key else None,
                 read_timeout_s=settings.engine_timeout_s,
+                max_tokens_field=settings.engine_max_tokens_field,
                 priority=settings.engine_priority,
                 max_connections=settings.max_inflight_calls + SHORT_CALLS,
             )
