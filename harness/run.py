@@ -78,7 +78,7 @@ async def open_run(
         lost_tokens: For a run taken up again: what its lost generations had cost; None charges their whole grants.
 
     Yields:
-        An iterator over the events; its `state` is folded up to the last one handed out.
+        An iterator over the events; its `state` may be ahead of the last one handed out by what followed from it.
 
     Raises:
         EngineDead: Out of the iteration. Nothing was recorded; the state can be taken up again.
@@ -169,7 +169,10 @@ class RunEvents(AsyncIterator[Event | RolloutDelta]):
                 continue
             item = await self._inbox.get()
             if isinstance(item, EngineDead):
-                raise item
+                if self.state.agreed is None:
+                    raise item
+                self._give_up()
+                continue
             if isinstance(item, RolloutDelta):
                 return item
             if isinstance(item, DeadlineReached):
@@ -188,6 +191,15 @@ class RunEvents(AsyncIterator[Event | RolloutDelta]):
                 live.task.cancel()
         if self._voting is not None:
             self._voting.cancel()
+
+    def _give_up(self) -> None:
+        """Wait for no rollout: there is an answer, and the engine that was to cut them is gone."""
+        lost = self.lost_tokens
+        for live in self._live.values():
+            if live.task is not None:
+                live.task.cancel()
+        self._live.clear()
+        self._record(RunResumed(tuple(sorted(self.state.running)), lost))
 
     def _end_vote(self) -> None:
         """Wait for no judge."""
@@ -259,8 +271,10 @@ class RunEvents(AsyncIterator[Event | RolloutDelta]):
         start = clock()
         params = self.state.params
         last = request.slot.round == params.rounds
-        watched = self._watch is Watch.ALL or (last and self._watch is Watch.FINAL)
-        generation = _Generation(self._engine, replace(request, watched=watched), params, self._inbox, live)
+        shown = self._watch is Watch.ALL or (last and self._watch is Watch.FINAL)
+        # Where a rollout may be cut, what stands there is taken: an engine is not to hold the end of it back.
+        request = replace(request, watched=shown or params.may_cut)
+        generation = _Generation(self._engine, request, params, self._inbox, live, shown)
         try:
             finish = await generation.run(must_answer=last or params.carry is Carry.ANSWER)
             live.ending = True
@@ -294,7 +308,13 @@ class _Generation:
     """The requests of one rollout: one as a rule, a second where the thinking has to be closed for an answer."""
 
     def __init__(
-        self, engine: Engine, request: RolloutRequest, params: Params, inbox: asyncio.Queue[Inbox], live: _Live
+        self,
+        engine: Engine,
+        request: RolloutRequest,
+        params: Params,
+        inbox: asyncio.Queue[Inbox],
+        live: _Live,
+        shown: bool,
     ) -> None:
         self.builder = TraceBuilder(engine.vocabulary)
         self._engine = engine
@@ -302,6 +322,7 @@ class _Generation:
         self._params = params
         self._inbox = inbox
         self._live = live
+        self._shown = shown
         self._prompt_tokens = 0
         self._cached_tokens = 0
         self._tokens = 0  # of requests that have ended, as the engine counts them
@@ -380,7 +401,7 @@ class _Generation:
                 self._cached_tokens += delta.cached_tokens or 0
                 self._live.tokens = generated = self.generated
                 finish, counted = delta.finish, delta.completion_tokens
-                if request.watched and delta.text and not self._to_be_dropped(unthought):
+                if self._shown and delta.text and not self._to_be_dropped(unthought):
                     self._inbox.put_nowait(RolloutDelta(request.slot, delta.text, not builder.thinking, generated))
                 if finish is not None:
                     break

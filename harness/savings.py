@@ -46,7 +46,7 @@ def savings(state: State) -> Mapping[str, Saving]:
     if params.skip_agreed_sets:
         found["skip_agreed_sets"] = _saving(state, _by_round(state.shortcuts), ())
     if params.quorum is not None:
-        never = (slot for slot in late if slot.round == params.rounds and not state.ended(slot))
+        never = (slot for slot in late if slot not in state.needed and not state.ended(slot))
         found["quorum"] = _saving(state, _by_round(never), (slot for slot in aborted if slot in late))
     return found
 

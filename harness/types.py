@@ -299,6 +299,12 @@ class Params:
         compares = self.stop_when_agreed is not None or self.skip_agreed_sets or self.start_small is not None
         return self.carry is not Carry.REASONING or self.deadline_s is not None or compares
 
+    @property
+    def may_cut(self) -> bool:
+        """Whether a rollout may be ended before its end, and what stands there then be read or counted."""
+        agrees = self.stop_when_agreed is not None or self.start_small is not None
+        return self.deadline_s is not None or self.quorum is not None or agrees
+
 
 @dataclass(frozen=True, slots=True)
 class RolloutRequest:
@@ -317,7 +323,8 @@ class RolloutRequest:
         seed: The engine's seed for this generation; None leaves it free.
         priority: Lower runs first where the engine schedules by priority: older runs before younger ones, and within
             a run what the most of its rollouts wait for.
-        watched: Whether somebody reads the deltas as they come; an engine may join them where nobody does.
+        watched: Whether the deltas are wanted as they come; an engine may join them where nobody reads them and nothing
+            may end the generation between two of them.
         members: Indices into the previous round whose tails stand in the prompt.
     """
 

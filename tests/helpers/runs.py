@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncGenerator
+from concurrent.futures import Future
 from typing import Any
 
 from hypothesis import HealthCheck, settings
@@ -16,6 +17,7 @@ from harness.markovian_rsa import State, init
 from harness.prompts import Templates
 from harness.run import open_run
 from harness.scripted import Script, ScriptedEngine, run_virtual
+from harness.selection import group_by_text
 from harness.types import Carry, Message, Params, Problem, RolloutRequest, Selection, Slot
 
 PROBLEM = Problem((Message("system", ("You are terse.",)), Message("user", ("What is 6 times 7?",))))
@@ -78,6 +80,16 @@ params_of_runs = st.builds(
     st.sampled_from([Carry.REASONING, Carry.HYBRID]),
     st.integers(0, 2**63),
 )
+
+
+class TextJudge:
+    """Takes no worker process: answers are equal as texts."""
+
+    def group(self, answers: list[str | None]) -> Future[tuple[int, ...]]:
+        """As `MathJudge`."""
+        found: Future[tuple[int, ...]] = Future()
+        found.set_result(group_by_text(answers))
+        return found
 
 
 async def go(state: State, engine: ScriptedEngine, **options: Any) -> tuple[State, list[Event]]:
