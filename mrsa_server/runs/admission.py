@@ -36,11 +36,15 @@ _NEWEST = 1 / 64  # weight of the rollout that has just ended
 _CHARACTERS_PER_TOKEN = 4.0  # of English, until the engine tells how long the prompt is
 
 
+Kind = tuple[bool, int]  # of a run's method or not, and how long its grant is in bits
+
+
 @dataclass(eq=False, slots=True)
 class Share:
     """One run's place in the queue; the lowest `rank` goes first, in seconds of the loop's clock."""
 
     rank: float
+    plain: bool = False  # one chat and no method: its lengths tell nothing of a rollout's
     waiting: list[tuple[bool, int, int, _Waiter]] = field(default_factory=list, repr=False)
 
 
@@ -55,6 +59,7 @@ class Hold:
     prompt_tokens: float
     expected_tokens: float
     granted_tokens: int
+    kind: Kind
     ageing_s: float = 0.0
 
     @property
@@ -74,9 +79,11 @@ class Admission:
     """Lets generations through to the engine, so many tokens at a time.
 
     A generation counts the tokens of its prompt that no other one has brought, and a share of its grant: what ended
-    generations used of theirs, weighted by the tokens, the newest 64 or so. That is what they hold at their end. Before
-    it they hold less, but those that start together grow together: with lengths as models write them, 0.7 of the bound
-    are filled on average and 0.9 at most (a test shows it), where counting whole grants would fill less than half.
+    generations of its kind used of theirs, weighted by the tokens, the newest 64 or so; one that has more by now
+    counts what it has. That is what they hold at their end. Before it they hold less, but those that start together
+    grow together: with lengths as models write them, 0.65 of the bound are filled on average and 0.85 at most (a test
+    shows it), where counting whole grants would fill less than half. Plain chats and grants of another size are another
+    kind: of many short chats nothing is learnt for long rollouts.
 
     Args:
         host: Whose engine it is.
@@ -96,8 +103,7 @@ class Admission:
         self._max_tokens = max_tokens
         self._max_calls = max_calls
         self._ageing = ageing
-        self._granted = 0.0  # by the newest generations that have ended, their mean
-        self._used = 0.0  # likewise
+        self._used: dict[Kind, tuple[float, float]] = {}  # tokens granted and used, means of the newest that ended
         self._done = 0.0  # tokens of the newest generations, fading
         self._busy_s = 0.0  # in which they were done, fading likewise
         self._since = 0.0  # the engine is busy and that is not yet in `_busy_s`
@@ -113,29 +119,31 @@ class Admission:
         """Tokens that may be in flight."""
         return self._max_tokens or self._host.memory_tokens or USUAL_TOKENS
 
-    @property
-    def used_share(self) -> float:
+    def used_share(self, kind: Kind) -> float:
         """Of its grant, what a generation is expected to use."""
-        return self._used / self._granted if self._granted else _FIRST_SHARE
+        granted, used = self._used.get(kind, (1.0, _FIRST_SHARE))
+        return used / granted
 
     @property
     def tokens_per_s(self) -> float | None:
         """What the whole engine does while it is busy, prompts included; None before anything has ended."""
         return self._done / self._busy_s if self._busy_s > 0 else None
 
-    def through(self, engine: Engine, arrival_s: float) -> AdmittedEngine:
+    def through(self, engine: Engine, arrival_s: float, *, plain: bool = False) -> AdmittedEngine:
         """The engine as one run may use it.
 
         Args:
             engine: Where its rollouts are generated.
             arrival_s: When the run was submitted, on the loop's clock.
+            plain: Whether it is one chat, without the method.
         """
-        return AdmittedEngine(engine, self, Share(arrival_s))
+        return AdmittedEngine(engine, self, Share(arrival_s, plain))
 
     async def enter(self, share: Share, request: RolloutRequest, vocabulary: Vocabulary) -> Hold:
         """Wait for a turn; `leave` gives it back. One that is cancelled meanwhile holds nothing."""
-        expected = request.max_tokens * self.used_share
-        hold = Hold(share, _prompt_estimate(request, vocabulary), expected, request.max_tokens)
+        kind = (share.plain, request.max_tokens.bit_length())
+        expected = request.max_tokens * self.used_share(kind)
+        hold = Hold(share, _prompt_estimate(request, vocabulary), expected, request.max_tokens, kind)
         if not self.waiting and self._fits(hold):
             self._admit(hold)
             self._seconds.observe(0)
@@ -165,10 +173,16 @@ class Admission:
 
     def settle(self, hold: Hold, prompt_tokens: int, cached_tokens: int) -> None:
         """Count the prompt as the engine does; what its cache held is counted with another generation."""
-        before, hold.prompt_tokens = hold.prompt_tokens, prompt_tokens - cached_tokens
+        before, hold.prompt_tokens = hold.prompt_tokens, max(0, prompt_tokens - cached_tokens)
         self.tokens += hold.prompt_tokens - before
         if hold.prompt_tokens < before:
             self._let_in()
+
+    def grow(self, hold: Hold, generated: float) -> None:
+        """Count a generation by what it has, once that is more than was expected of it."""
+        if generated > hold.expected_tokens:
+            self.tokens += generated - hold.expected_tokens
+            hold.expected_tokens = generated
 
     def leave(self, hold: Hold, generated: float, *, whole: bool) -> None:
         """A generation is over, one way or the other.
@@ -182,7 +196,7 @@ class Admission:
         self._free(hold)
         self._measure(had)
         if whole:
-            self._learn(hold.granted_tokens, generated)
+            self._learn(hold, generated)
         self._charge(hold, had)
         self._let_in()
 
@@ -246,11 +260,10 @@ class Admission:
         self._done = self._done * fade + tokens
         self._busy_s = self._busy_s * fade + elapsed
 
-    def _learn(self, granted: int, used: float) -> None:
-        if not self._granted:
-            self._granted, self._used = granted, _FIRST_SHARE * granted
-        self._granted += _NEWEST * (granted - self._granted)
-        self._used += _NEWEST * (used - self._used)
+    def _learn(self, hold: Hold, generated: float) -> None:
+        new = hold.granted_tokens
+        granted, used = self._used.get(hold.kind, (new, _FIRST_SHARE * new))
+        self._used[hold.kind] = granted + _NEWEST * (new - granted), used + _NEWEST * (generated - used)
 
 
 class AdmittedEngine:
@@ -291,6 +304,7 @@ class AdmittedEngine:
                     if delta.prompt_tokens is not None:
                         admission.settle(hold, delta.prompt_tokens, delta.cached_tokens or 0)
                     counted = delta.completion_tokens
+                    admission.grow(hold, ids / vocabulary.ids_per_token)
                     yield delta
             whole = True
         except GeneratorExit:  # its reader has what it wanted; a run that is cut off is cancelled instead

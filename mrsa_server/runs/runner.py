@@ -476,7 +476,8 @@ class Runner:
         """
         clock = asyncio.get_running_loop().time
         assert run.state is not None
-        engine = self._admission.through(self.host.engine, begun)
+        params = run.state.params
+        engine = self._admission.through(self.host.engine, begun, plain=not params.rounds and params.population == 1)
         lost_tokens: int | None = None
         deaths, ended = 0, 0
         while True:

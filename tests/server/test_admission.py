@@ -282,7 +282,7 @@ async def test_what_a_generation_counts_follows_what_the_engine_says_of_its_prom
     deltas = gate.through(inner, 0.0).generate(RolloutRequest("run", Slot(0, 0), tails, 200))
     assert gate.tokens == 0
     await anext(deltas)
-    expected = 200 * gate.used_share
+    expected = 200 * gate.used_share((False, 8))
     assert gate.tokens == pytest.approx(100 + expected)
     await deltas.aclose()
     assert empty(gate)
@@ -291,13 +291,58 @@ async def test_what_a_generation_counts_follows_what_the_engine_says_of_its_prom
 async def test_the_share_of_their_grants_that_rollouts_use_is_learnt() -> None:
     inner = ScriptedEngine(lambda request: Script("x" * 17, "42"))  # 22 tokens with its marks and its end
     gate = admission(inner)
-    assert 0.5 < gate.used_share < 0.6
+    rollouts = (False, 8)  # 220 and 130 have eight bits
+    assert 0.5 < gate.used_share(rollouts) < 0.6
     for index in range(400):
         await use(gate.through(inner, 0.0), request(index, tokens=220))
-    assert gate.used_share == pytest.approx(0.1, abs=0.002)
+    assert gate.used_share(rollouts) == pytest.approx(0.1, abs=0.002)
+    refusing = ScriptedEngine(lambda request: Script("", "", EngineError("no")))
     with pytest.raises(EngineError):
-        await use(gate.through(ScriptedEngine(lambda request: Script("", "", EngineError("no"))), 0.0), request())
-    assert gate.used_share == pytest.approx(0.1, abs=0.002)
+        await use(gate.through(refusing, 0.0), request(tokens=130))
+    assert gate.used_share(rollouts) == pytest.approx(0.1, abs=0.002)
+
+
+@pytest.mark.parametrize("chats", [0, 500])
+@pytest.mark.parametrize("grant", [400, 4000])
+def test_short_chats_teach_nothing_about_long_rollouts(chats: int, grant: int) -> None:
+    bound, held = 20_000, []
+
+    async def main() -> None:
+        inner = Metered(
+            lambda asked: Script("x" * (4 if asked.run_id == "chat" else 220), "42"),
+            speed=Speed(0.01, 0),
+            chunk_tokens=16,
+        )
+        gate = admission(inner, tokens=bound)
+        for index in range(chats):
+            asked = replace(request(index, tokens=grant), run_id="chat")
+            await use(gate.through(inner, 0.0, plain=True), asked)
+
+        async def look() -> None:
+            while True:
+                await asyncio.sleep(0.1)
+                held.append(inner.held)
+
+        looker, run = asyncio.create_task(look()), gate.through(inner, now())
+        async with asyncio.TaskGroup() as tasks:
+            for index in range(400):
+                tasks.create_task(use(run, request(index, tokens=400)))
+        looker.cancel()
+
+    run_virtual(main())
+    assert bound / 2 < max(held) <= bound
+
+
+async def test_a_generation_that_has_more_than_was_expected_counts_what_it_has() -> None:
+    inner = ScriptedEngine(lambda request: Script("x" * 200, "42"), chunk_tokens=16)
+    gate = admission(inner)
+    seen = []
+    async with aclosing(gate.through(inner, 0.0).generate(request(tokens=210))) as deltas:
+        async for delta in deltas:
+            seen.append(gate.tokens - (delta.prompt_tokens or 0))
+    assert seen[0] < 0.6 * 210 + 30
+    assert seen[-1] >= 200
+    assert empty(gate)
 
 
 class Metered(ScriptedEngine):
