@@ -15,6 +15,7 @@ from harness.simulate import Graph, Order, Run, Simulation, Wording, draw_many
 from harness.speed import EngineModel
 from harness.types import InvalidParams, Params
 
+HELD_SHARE = 0.95  # of the runs, that are to keep within a target
 _GRAPHS = 300  # different draws of sets; later runs take these again, with lengths of their own
 _RUNS = 200  # least runs that are measured
 _MOST_RUNS = 1_000  # and most, where there are as many users
@@ -70,7 +71,7 @@ class Load:
 
     Attributes:
         users: How many; 0 where runs come by themselves.
-        think_s: From the end of a user's run to the start of the next.
+        think_s: From the end of a user's run to the start of the next, the mean of an exponential distribution.
         runs_per_hour: That come at random (Poisson); 0 where users ask.
     """
 
@@ -142,15 +143,16 @@ def forecast(
 ) -> Forecast:
     """Let a load run until it is steady, and measure.
 
-    Every user's first run is left out, since all of them start at once; of runs that come by themselves, the first
-    third. The load goes on until the last measured run has ended.
+    Every user's first run is left out, since all of them start at once, or within the first `think_s`; of runs that
+    come by themselves, the first third. The load goes on until the last measured run has ended.
 
     Args:
         work: What a run does.
         fleet: What it runs on.
         load: Who asks.
         order: Of evaluation.
-        runs: How many to measure; as many as there are users, within bounds, where None.
+        runs: How many to measure. Where None, as many as there are users, within bounds, or of runs that come by
+            themselves as many for each engine as for one alone.
         most_rollouts: To simulate, more or less: where a fleet takes more, some of its engines stand for all.
 
     Raises:
@@ -165,19 +167,25 @@ def forecast(
     graphs = draw_many(work.params, order, min(_GRAPHS, measured + max(load.users, measured)))
     if runs is None:
         measured = min(measured, max(_LEAST_RUNS, _MEASURED // graphs[0].count))
-    engines = _represented(fleet, load, graphs, measured, most_rollouts)
+    engines = _represented(fleet, load, graphs, measured, most_rollouts, runs is None)
+    if runs is None and not load.users:  # each engine has to come to its steady state
+        measured *= engines
     users = ceil(load.users * engines / fleet.engines)
     skipped = users or measured // 2
     simulation = Simulation(fleet.model, engines, graphs, order, _Lengths(work), work.wording, work.answer_tokens)
-    arrivals = random.Random(seed_of(work.params.seed, "arrivals"))
+    draw = random.Random(seed_of(work.params.seed, "arrivals")).expovariate
     every_s = 3600 / load.runs_per_hour * fleet.engines / engines if load.runs_per_hour else 0.0
+
+    def thought() -> float:
+        return draw(1 / load.think_s) if load.think_s else 0.0
+
     if users:
         for _ in range(users):
-            simulation.start_at(0.0)
+            simulation.start_at(thought())
     else:
         at = 0.0
         for _ in range(3 * (skipped + measured)):
-            at += arrivals.expovariate(1 / every_s)
+            at += draw(1 / every_s)
             simulation.start_at(at)
     taken: list[Run] = []
     since: _Counts | None = None
@@ -186,7 +194,7 @@ def forecast(
         for run in simulation.step():
             ended += 1
             if users:
-                simulation.start_at(simulation.now + load.think_s)
+                simulation.start_at(simulation.now + thought())
             if skipped <= run.number < skipped + measured:
                 taken.append(run)
         if since is None and ended >= skipped:
@@ -209,10 +217,10 @@ def forecast(
     )
 
 
-def users_held(work: Work, fleet: Fleet, load: Load, target_s: float, share: float = 0.95) -> int:
+def users_held(work: Work, fleet: Fleet, load: Load, target_s: float, share: float = HELD_SHARE) -> int:
     """Most users whose runs keep within a wall time, that share of them; to 2 %. 0 where one user is too many.
 
-    Each engine has its part of them, so one engine is searched.
+    Each engine has its part of them, so one engine is searched, and the answer is so many for each.
 
     Args:
         work: What a run does.
@@ -257,9 +265,16 @@ class _Counts:
         )
 
 
-def _represented(fleet: Fleet, load: Load, graphs: Sequence[Graph], measured: int, most_rollouts: int) -> int:
-    """Engines to simulate: they are equal and share nothing, so some can stand for all."""
+def _represented(
+    fleet: Fleet, load: Load, graphs: Sequence[Graph], measured: int, most_rollouts: int, each: bool
+) -> int:
+    """Engines to simulate: they are equal and share nothing, so some can stand for all.
+
+    Of runs that come by themselves `measured` are for `each` engine, or for all together.
+    """
     rollouts = sum(graph.count for graph in graphs) / len(graphs)
+    if not load.users and each:
+        return max(1, min(fleet.engines, int(most_rollouts / (1.5 * measured * rollouts))))
     users = load.users / fleet.engines * rollouts
     return max(1, min(fleet.engines, int((most_rollouts - measured * rollouts) // max(1.0, users))))
 

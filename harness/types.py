@@ -192,7 +192,7 @@ class Sampling:
 class Agreement:
     """When equal answers are enough: `min_votes` of them, and `share` of the round's rollouts that have ended.
 
-    A rollout that ended without an answer counts against the share; one that failed does not count.
+    A rollout that ended without an answer counts against the share; one that failed or left no text does not count.
     """
 
     share: float = 0.75

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -68,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     method = parser.add_argument_group("method (each overrides the preset)")
     for name in _NUMBERS:
         method.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N")
-    method.add_argument("--deadline-s", type=float, metavar="SECONDS", help="end with the best answer so far")
+    method.add_argument("--deadline-s", type=_finite, metavar="SECONDS", help="end with the best answer so far")
     method.add_argument(
         "--stop-when-agreed",
         type=_agreement,
@@ -76,15 +77,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="end the run once so many answers of a round agree, such as 0.75,3",
     )
     method.add_argument("--skip-agreed-sets", action="store_true", default=None, help="never read answers that agree")
-    method.add_argument("--temperature", type=float, help="how freely tokens are drawn (default: the server's)")
+    method.add_argument("--temperature", type=_finite, help="how freely tokens are drawn (default: the server's)")
     parser.add_argument("--quiet", action="store_true", help="print the answer alone")
+
+
+def _finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, not {text!r}") from None
+    if not math.isfinite(value):  # JSON has no other numbers
+        raise argparse.ArgumentTypeError(f"must be a finite number, not {text!r}")
+    return value
 
 
 def _agreement(text: str) -> dict[str, float]:
     share, _, votes = text.partition(",")
     try:
-        return {"share": float(share)} | ({"min_votes": int(votes)} if votes else {})
-    except ValueError:
+        return {"share": _finite(share)} | ({"min_votes": int(votes)} if votes else {})
+    except (ValueError, argparse.ArgumentTypeError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a share, or a share and votes such as 0.75,3") from None
 
 
@@ -301,7 +312,9 @@ class Board:
                 self._round(event).marks.append("=")
                 return f"round {event['round']}, rollout {event['index']}: its set agrees, it is not generated"
             case "quorum.reached":
-                return f"round {event['round']}: a quorum has ended, {event['stragglers']} are cut"
+                return (
+                    f"round {event['round']}: a quorum has ended, {event['stragglers']} others go on to a tail at most"
+                )
             case "population.topped_up":
                 return f"the first rollouts do not agree, {event['rollouts']} more start"
             case "answers.agreed":

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from harness.fleet import Fleet, Forecast, Load, Work, forecast, users_held
+from harness.fleet import HELD_SHARE, Fleet, Forecast, Load, Work, forecast, users_held
 from harness.simulate import Order, Wording
 from harness.types import InvalidParams, Sampling
 from mrsa_server.api.effort import Wishes, decide_params
@@ -93,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--users", type=_number(int, 1, _MOST_USERS), metavar="N", help="who each have one run at a time (default: 1)"
     )
     load.add_argument("--think-s", type=_number(float, 0, 10_000_000), default=0.0, metavar="SECONDS",
-                      help="from the end of a user's run to the next (default: 0)")  # fmt: skip
+                      help="mean time from the end of a user's run to the next, exponential (default: 0)")  # fmt: skip
     load.add_argument("--runs-per-hour", type=_number(float, 0.001, 10_000_000), metavar="RATE",
                       help="runs that come at random, instead of --users")  # fmt: skip
     load.add_argument("--question-tokens", type=_number(int, 1, 1_000_000), default=512, metavar="N",
@@ -192,13 +192,17 @@ def plan(request: Request) -> Plan:
         users = max(1, min(_SIDE_BY_SIDE, round(load.runs_per_hour / fleet.engines * alone.wall_s(0.5) / 3600)))
     same = Load(users, load.think_s)
     ours = alone if users == 1 and not load.think_s else forecast(work, one, same)
+    held = None if target_s is None else users_held(work, fleet, load, target_s)
+    if held is not None and load.users:  # both are samples, and what is printed side by side has to agree
+        kept = target_s is not None and seen.wall_s(HELD_SHARE) <= target_s
+        held = max(held, load.users) if kept else min(held, load.users - 1)
     return Plan(
         seen=seen,
         alone=alone,
         ours=ours,
         theirs=forecast(work, one, same, Order.BARRIER),
         users_compared=users,
-        users_held=None if target_s is None else users_held(work, fleet, load, target_s),
+        users_held=held,
         seconds=time.perf_counter() - began,
     )
 
@@ -280,7 +284,7 @@ def show(request: Request, found: Plan, console: Console) -> None:
         ("preempted rollouts a run", lambda one: f"{one.preemptions:.1f}"),
         ("GPU-seconds a run", lambda one: f"{one.engine_s:,.0f}"),
         (f"US$ a run, at {request.price:g} an hour", lambda one: f"{one.engine_s / 3600 * request.price:.3f}"),
-        ("runs an hour", lambda one: f"{3600 / one.engine_s * (fleet.engines if one is seen else 1):,.0f}"),
+        ("runs an hour", lambda one: _rate(3600 / one.engine_s * (fleet.engines if one is seen else 1))),
     )
     for name, of in rows:
         table.add_row(name, of(seen), of(found.alone))
@@ -297,7 +301,7 @@ def show(request: Request, found: Plan, console: Console) -> None:
     if found.users_held is not None:
         held = f"{found.users_held:,} users" if found.users_held else "no user"
         console.print(
-            f"{held[0].upper()}{held[1:]} can be held if 95 % of the runs are to end within "
+            f"{held[0].upper()}{held[1:]} can be held if {HELD_SHARE * 100:.0f} % of the runs are to end within "
             f"{_time(request.target_s or 0)}.",
             highlight=False,
             style="bold",
@@ -308,6 +312,10 @@ def show(request: Request, found: Plan, console: Console) -> None:
         highlight=False,
         style="dim",
     )
+
+
+def _rate(runs: float) -> str:
+    return f"{runs:,.0f}" if runs >= 10 else f"{runs:.2g}"
 
 
 def _time(seconds: float) -> str:

@@ -200,6 +200,9 @@ def decide_params(
         )
     if sampling.temperature == 0 and population > 1:
         warnings.append("at temperature 0 the rollouts of a round hardly differ")
+    for name in ("stop_when_agreed", "start_small", "quorum"):
+        if choices > 1 and getattr(wishes, name) is not None:
+            warnings.append(f"{name} may end the run with fewer answers than n={choices}")
     params = Params(
         population=population,
         set_size=wishes.set_size or _SET_SIZE,

@@ -215,6 +215,15 @@ class AgreementIn(_Wire):
     min_votes: Annotated[int, Field(ge=2, le=_MAX_INT)] = Agreement().min_votes
 
 
+def _agreement(value: object) -> object:
+    """True asks for the usual agreement, false for none."""
+    if isinstance(value, bool):
+        return {} if value else None
+    if value is not None and not isinstance(value, dict):
+        raise PydanticCustomError("agreement", "must be true, false or an object with share and min_votes")
+    return value
+
+
 class MrsaIn(_Wire):
     """The request extension `mrsa`: overrides of the preset. Names and units are those of `Params`."""
 
@@ -232,7 +241,7 @@ class MrsaIn(_Wire):
     deadline_s: Annotated[float, Field(gt=0)] | None = None
     final_temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    stop_when_agreed: AgreementIn | None = None
+    stop_when_agreed: Annotated[AgreementIn | None, BeforeValidator(_agreement)] = None
     skip_agreed_sets: bool | None = None
     quorum: Tokens | None = None
     start_small: Annotated[int, Field(ge=2, le=_MAX_INT)] | None = None

@@ -63,3 +63,22 @@ def test_some_engines_stand_for_a_large_fleet() -> None:
 def test_a_rollout_that_no_cache_holds_is_refused() -> None:
     with pytest.raises(InvalidParams, match=r"takes .* tokens of KV cache, which holds 40000"):
         forecast(HIGH, Fleet(replace(H200, kv_tokens=40_000)), Load(1))
+
+
+def test_runs_that_come_by_themselves_wait_as_long_on_eight_engines_as_on_one() -> None:
+    low = Work(Params(population=8, rounds=2, rollout_tokens=8192))
+    one = forecast(low, Fleet(H200), Load(runs_per_hour=120))
+    eight = forecast(low, Fleet(H200, 8), Load(runs_per_hour=960))
+    assert len(eight.walls_s) == 8 * len(one.walls_s)
+    assert eight.wall_s(0.5) == pytest.approx(one.wall_s(0.5), rel=0.15)
+    assert not eight.growing
+
+
+def test_users_who_think_do_not_come_all_at_once() -> None:
+    """40 users who take ten times as long to think as to wait are some four at once, at any time."""
+    seen = forecast(HIGH, Fleet(H200), Load(1), runs=20)
+    wall = seen.wall_s(0.5)
+    few = forecast(HIGH, Fleet(H200), Load(4), runs=200)
+    many = forecast(HIGH, Fleet(H200), Load(40, think_s=10 * few.wall_s(0.5)), runs=200)
+    assert wall < many.wall_s(0.5) < 1.3 * few.wall_s(0.5)
+    assert many.batch == pytest.approx(few.batch, rel=0.3)

@@ -72,6 +72,17 @@ async def test_a_run_that_fails_prints_no_answer(capsys: pytest.CaptureFixture[s
     assert "no luck today" in err
 
 
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--temperature", "nan"), ("--deadline-s", "inf"), ("--deadline-s", "soon"), ("--stop-when-agreed", "nan,3")],
+)
+def test_a_number_that_json_does_not_know_is_named(flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["ask", "hm", flag, value])
+    assert ended.value.code == 2
+    assert f"argument {flag}" in capsys.readouterr().err
+
+
 async def test_a_server_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     url = f"http://127.0.0.1:{free_port()}"
     assert await ask("hm", "--url", url) == 1

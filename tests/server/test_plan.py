@@ -59,6 +59,15 @@ def test_a_plan_finds_how_many_users_a_fleet_holds(capsys: pytest.CaptureFixture
     assert outside > 400
 
 
+def test_what_is_said_of_users_agrees_with_the_forecast_beside_it(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--gpus", "4xh200", "--effort", "low", "--target-s", "400")
+    searched = int(number(planned(capsys, *words), "users_held"))
+    for users in range(searched - 4, searched + 13, 2):
+        found = planned(capsys, *words, "--users", str(users))
+        kept = number(found, "forecast", "wall_s", "p95") <= 400
+        assert kept == (number(found, "users_held") >= users)
+
+
 def test_a_plan_of_runs_that_come_by_themselves(capsys: pytest.CaptureFixture[str]) -> None:
     calm = planned(capsys, "--effort", "low", "--runs-per-hour", "20")
     assert not calm["forecast"]["growing"]  # type: ignore[index]

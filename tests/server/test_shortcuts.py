@@ -52,6 +52,27 @@ async def test_a_run_that_agrees_ends_early_and_reports_what_that_saved() -> Non
     assert report["params"]["stop_when_agreed"] == {"share": 0.6, "min_votes": 3}
 
 
+@pytest.mark.parametrize(
+    ("asked", "found"), [(True, {"share": 0.75, "min_votes": 3}), (False, None), ({}, {"share": 0.75, "min_votes": 3})]
+)
+async def test_true_asks_for_the_usual_agreement(asked: object, found: object) -> None:
+    whole, _ = await both(agreeing, stop_when_agreed=asked)
+    assert whole["mrsa"]["params"]["stop_when_agreed"] == found
+
+
+async def test_fewer_answers_than_n_are_foretold() -> None:
+    async with in_memory(ScriptedEngine(agreeing)) as client:
+        body = ask(mrsa={**SIZES, "rounds": 0, "stop_when_agreed": True, "quorum": 2}, n=8)
+        found = (await client.post(CHAT, json=body)).json()
+        assert found["mrsa"]["warnings"] == [
+            "stop_when_agreed may end the run with fewer answers than n=8",
+            "quorum may end the run with fewer answers than n=8",
+        ]
+        exact = (await client.post(CHAT, json=ask(mrsa={**SIZES, "rounds": 0}, n=8))).json()
+        assert len(exact["choices"]) == 8
+        assert exact["mrsa"]["warnings"] == []
+
+
 async def test_sets_that_agree_are_taken_over() -> None:
     whole, stream = await both(agreeing, skip_agreed_sets=True)
     report = whole["mrsa"]
@@ -106,7 +127,8 @@ async def test_parameters_in_force_can_be_sent_back() -> None:
         ({"mrsa": {**SIZES, "quorum": 0}}, "mrsa.quorum"),
         ({"mrsa": {**SIZES, "start_small": 1}}, "mrsa.start_small"),
         ({"mrsa": {**SIZES, "start_small": True}}, "mrsa.start_small"),
-        ({"mrsa": {**SIZES, "stop_when_agreed": True}}, "mrsa.stop_when_agreed"),
+        ({"mrsa": {**SIZES, "stop_when_agreed": 0.75}}, "mrsa.stop_when_agreed"),
+        ({"mrsa": {**SIZES, "stop_when_agreed": "yes"}}, "mrsa.stop_when_agreed"),
         ({"mrsa": {**SIZES, "stop_when_agreed": {"share": 1.5}}}, "mrsa.stop_when_agreed.share"),
         ({"mrsa": {**SIZES, "stop_when_agreed": {"share": 0}}}, "mrsa.stop_when_agreed.share"),
         ({"mrsa": {**SIZES, "stop_when_agreed": {"min_votes": 1}}}, "mrsa.stop_when_agreed.min_votes"),
@@ -122,7 +144,9 @@ async def test_what_cannot_be_is_a_400_that_names_it(fields: dict[str, Any], par
     async with in_memory(ScriptedEngine(agreeing)) as client:
         response = await client.post(CHAT, json=ask(**fields))
         assert response.status_code == 400, response.text
-        assert response.json()["error"]["param"] == param
+        error = response.json()["error"]
+        assert error["param"] == param
+        assert "AgreementIn" not in error["message"]
 
 
 async def test_the_terminal_tells_what_was_decided() -> None:
