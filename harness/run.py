@@ -78,7 +78,7 @@ async def open_run(
         lost_tokens: For a run taken up again: what its lost generations had cost; None charges their whole grants.
 
     Yields:
-        An iterator over the events; its `state` may be ahead of the last one handed out by what followed from it.
+        An iterator over the events; its `state` is folded up to the last one handed out.
 
     Raises:
         EngineDead: Out of the iteration. Nothing was recorded; the state can be taken up again.
@@ -129,12 +129,13 @@ class RunEvents(AsyncIterator[Event | RolloutDelta]):
         lost_tokens: int | None,
     ) -> None:
         self.state = state
+        self._now = state  # ahead of `state` by what is in the outbox
         self._engine = engine
         self._watch = watch
         self._judge = judge
         self._tasks = tasks
         self._inbox: asyncio.Queue[Inbox] = asyncio.Queue()
-        self._outbox: deque[Event] = deque()
+        self._outbox: deque[tuple[Event, State]] = deque()
         self._live: dict[Slot, _Live] = {}
         self._voting: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -160,8 +161,9 @@ class RunEvents(AsyncIterator[Event | RolloutDelta]):
         """
         while True:
             if self._outbox:
-                return self._outbox.popleft()
-            if self.state.outcome is not None:
+                event, self.state = self._outbox.popleft()
+                return event
+            if self._now.outcome is not None:
                 raise StopAsyncIteration
             if self._moved:  # a delta moves nothing
                 self._moved = False
@@ -169,14 +171,14 @@ class RunEvents(AsyncIterator[Event | RolloutDelta]):
                 continue
             item = await self._inbox.get()
             if isinstance(item, EngineDead):
-                if self.state.agreed is None:
+                if self._now.agreed is None:
                     raise item
                 self._give_up()
                 continue
             if isinstance(item, RolloutDelta):
                 return item
             if isinstance(item, DeadlineReached):
-                if self.state.agreed is not None:  # there is an answer already
+                if self._now.agreed is not None:  # there is an answer already
                     continue
                 self._end_vote()
             self._record(item)
@@ -199,7 +201,7 @@ class RunEvents(AsyncIterator[Event | RolloutDelta]):
             if live.task is not None:
                 live.task.cancel()
         self._live.clear()
-        self._record(RunResumed(tuple(sorted(self.state.running)), lost))
+        self._record(RunResumed(tuple(sorted(self._now.running)), lost))
 
     def _end_vote(self) -> None:
         """Wait for no judge."""
@@ -209,10 +211,10 @@ class RunEvents(AsyncIterator[Event | RolloutDelta]):
 
     def _cut(self) -> None:
         """Hold rollouts in flight to what is left to them; each puts what stands there into the inbox."""
-        for slot, tokens in cuts(self.state).items():
+        for slot, tokens in cuts(self._now).items():
             live = self._live[slot]
             live.limit = tokens
-            if live.cut or live.tokens < tokens or (live.ending and self.state.stopping is not Stopped.DEADLINE):
+            if live.cut or live.tokens < tokens or (live.ending and self._now.stopping is not Stopped.DEADLINE):
                 continue
             live.cut = True
             if live.begun and live.task is not None:
@@ -222,9 +224,9 @@ class RunEvents(AsyncIterator[Event | RolloutDelta]):
                 self._inbox.put_nowait(RolloutAborted(Rollout(slot, Tail((), ""), "", Finish.ABORTED, Usage(), 0.0)))
 
     def _record(self, event: Event) -> None:
-        self.state = apply(self.state, event)
+        self._now = apply(self._now, event)
         self._moved = True
-        self._outbox.append(event)
+        self._outbox.append((event, self._now))
         if isinstance(event, RolloutFinished | RolloutAborted):
             self._live.pop(event.rollout.slot, None)
         elif isinstance(event, RolloutFailed):
@@ -232,26 +234,26 @@ class RunEvents(AsyncIterator[Event | RolloutDelta]):
 
     def _advance(self) -> None:
         """Everything that follows without waiting: decisions, and rollouts that can start."""
-        while (event := decide(self.state)) is not None:
+        while (event := decide(self._now)) is not None:
             self._record(event)
-        for request in plan(self.state):
+        for request in plan(self._now):
             self._record(RolloutStarted(request.slot, request.members, request.max_tokens))
             live = self._live[request.slot] = _Live()
             live.task = self._tasks.create_task(self._rollout(request, live))
         self._cut()
-        if self.state.agreed is not None:
+        if self._now.agreed is not None:
             self._end_vote()
-        if self.state.outcome is not None:
+        if self._now.outcome is not None:
             if self._timer is not None:
                 self._timer.cancel()
-        elif (candidates := pending_vote(self.state)) and self._voting is None:
+        elif (candidates := pending_vote(self._now)) and self._voting is None:
             self._voting = self._tasks.create_task(self._vote(candidates))
         elif not self._live and self._voting is None:
-            raise RuntimeError(f"run {self.state.run_id} waits for nothing")
+            raise RuntimeError(f"run {self._now.run_id} waits for nothing")
 
     async def _vote(self, candidates: tuple[Slot, ...]) -> None:
-        answers = [extract_answer(self.state.rollouts[slot].answer) for slot in candidates]
-        if self.state.stopping is Stopped.DEADLINE:  # the judge may take seconds, and there are none left
+        answers = [extract_answer(self._now.rollouts[slot].answer) for slot in candidates]
+        if self._now.stopping is Stopped.DEADLINE:  # the judge may take seconds, and there are none left
             groups = group_by_text(answers)
         else:
             try:
@@ -269,7 +271,7 @@ class RunEvents(AsyncIterator[Event | RolloutDelta]):
         live.begun = True
         clock = asyncio.get_running_loop().time
         start = clock()
-        params = self.state.params
+        params = self._now.params
         last = request.slot.round == params.rounds
         shown = self._watch is Watch.ALL or (last and self._watch is Watch.FINAL)
         # Where a rollout may be cut, what stands there is taken: an engine is not to hold the end of it back.
@@ -296,7 +298,7 @@ class RunEvents(AsyncIterator[Event | RolloutDelta]):
                 reason = str(error) or "its text was not decoded in time"
                 self._inbox.put_nowait(RolloutFailed(request.slot, reason, generation.usage(), clock() - start))
             else:
-                read = cuts(self.state).get(request.slot) != 0
+                read = cuts(self._now).get(request.slot) != 0
                 self._inbox.put_nowait(
                     RolloutFinished(replace(rollout, cut=True), generation.builder.trace())
                     if read

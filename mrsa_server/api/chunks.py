@@ -99,7 +99,9 @@ class ChatChunks:
                     error=error[:_SNIPPET],
                 )
             case RunResumed(slots):
-                if self._live.slot in slots and not self._over:
+                if self._over:  # nothing is asked for again
+                    return
+                if self._live.slot in slots:
                     raise EngineFailed("the engine was lost after a part of the answer had been sent")
                 yield self._event("run.resumed", rollouts=len(slots))
             case AnswersAgreed(slots, ended):

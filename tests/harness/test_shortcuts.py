@@ -27,7 +27,7 @@ from harness.events import (
     Stopped,
     ToppedUp,
 )
-from harness.markovian_rsa import PRIORITIES, State, decide, init, plan, replay
+from harness.markovian_rsa import PRIORITIES, State, apply, decide, init, plan, replay
 from harness.prompts import Templates
 from harness.run import Watch, open_run
 from harness.savings import savings
@@ -579,3 +579,20 @@ def test_a_run_that_has_agreed_needs_no_engine_any_more(templates: Templates) ->
     assert len(given_up.slots) == 5
     assert given_up.charged_tokens == 10
     assert replay([state.started, *events], templates) == state
+
+
+@property_of_runs
+@given(params_of_runs, options_of_runs, st.integers(0, 2**32), st.sampled_from([0, 30]))
+def test_the_state_of_a_run_is_that_of_the_event_handed_out_last(
+    templates: Templates, params: Params, options: dict[str, object], key: int, failing: int
+) -> None:
+    async def follow() -> None:
+        folded = init("run", PROBLEM, with_options(params, options), templates)
+        async with open_run(folded, Agreeing(key, failing), watch=Watch.ALL, judge=TextJudge()) as events:
+            async for event in events:
+                if not isinstance(event, RolloutDelta):
+                    folded = apply(folded, event)
+                assert events.state == folded
+        assert folded.outcome is not None
+
+    run_virtual(follow())

@@ -155,3 +155,19 @@ async def test_the_terminal_tells_what_was_decided() -> None:
     lines = [line for chunk in stream if (line := board.take(chunk)) is not None]
     assert any("its set agrees" in line for line in lines)
     assert "skip_agreed_sets saved" in board.cost()
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_nothing_of_a_round_is_told_after_its_end(seed: int) -> None:
+    def say(request: RolloutRequest) -> Script:
+        place, length = tuple(request.slot), 300 if request.slot == (0, 5) else 20
+        return Script(f"{seed}{place}" * length, f"\\boxed{{{2 if request.slot == (0, 0) else 1}}}")
+
+    _, stream = await both(say, rounds=1, set_size=2, final_candidates=6, skip_agreed_sets=True, seed=seed)
+    over: set[int] = set()
+    for event in events(stream):
+        if event["event"] in ("set.skipped", "rollout.finished", "rollout.failed"):
+            assert event["round"] not in over
+        elif event["event"] == "round.finished":
+            over.add(event["round"])
+    assert over == {0, 1}
