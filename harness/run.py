@@ -82,6 +82,9 @@ async def open_run(
 
     Raises:
         EngineDead: Out of the iteration. Nothing was recorded; the state can be taken up again.
+
+    An engine is asked for a rollout only when its `RolloutStarted` has been taken and the next event is asked for:
+    whoever writes events down before he comes back knows of every token that may have been generated.
     """
     if judge is None:
         with closing(MathJudge()) as own_judge:
@@ -137,6 +140,7 @@ class RunEvents(AsyncIterator[Event | RolloutDelta]):
         self._inbox: asyncio.Queue[Inbox] = asyncio.Queue()
         self._outbox: deque[tuple[Event, State]] = deque()
         self._live: dict[Slot, _Live] = {}
+        self._asked: list[tuple[RolloutRequest, _Live]] = []  # their `RolloutStarted` may not have been taken yet
         self._voting: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._moved = True  # since `_advance` last looked
@@ -163,6 +167,7 @@ class RunEvents(AsyncIterator[Event | RolloutDelta]):
             if self._outbox:
                 event, self.state = self._outbox.popleft()
                 return event
+            self._start()  # whoever takes the events has come back, and so has kept all that he took
             if self._now.outcome is not None:
                 raise StopAsyncIteration
             if self._moved:  # a delta moves nothing
@@ -184,6 +189,14 @@ class RunEvents(AsyncIterator[Event | RolloutDelta]):
             self._record(item)
             self._cut()
 
+    def rest(self) -> list[tuple[Event, State]]:
+        """The further events that are there already, each with the state after it: for who keeps them together."""
+        found = list(self._outbox)
+        self._outbox.clear()
+        if found:
+            self.state = found[-1][1]
+        return found
+
     def cancel(self) -> None:
         """Abort everything in flight."""
         if self._timer is not None:
@@ -201,7 +214,15 @@ class RunEvents(AsyncIterator[Event | RolloutDelta]):
             if live.task is not None:
                 live.task.cancel()
         self._live.clear()
+        self._asked.clear()
         self._record(RunResumed(tuple(sorted(self._now.running)), lost))
+
+    def _start(self) -> None:
+        """Ask the engine for the rollouts whose start is known to whoever takes the events."""
+        for request, live in self._asked:
+            if not live.begun:  # it was not cut meanwhile
+                live.task = self._tasks.create_task(self._rollout(request, live))
+        self._asked.clear()
 
     def _end_vote(self) -> None:
         """Wait for no judge."""
@@ -239,7 +260,7 @@ class RunEvents(AsyncIterator[Event | RolloutDelta]):
         for request in plan(self._now):
             self._record(RolloutStarted(request.slot, request.members, request.max_tokens))
             live = self._live[request.slot] = _Live()
-            live.task = self._tasks.create_task(self._rollout(request, live))
+            self._asked.append((request, live))
         self._cut()
         if self._now.agreed is not None:
             self._end_vote()

@@ -681,3 +681,24 @@ def test_a_whole_trace_fits_in_its_tail_where_tau_is_beta_or_more(templates: Tem
     state = run(params, engine, templates)
     for slot in state.inputs(Slot(1, 0)):
         assert state.rollouts[slot].tail.text == f"whole thought of {slot}"
+
+
+@property_of_runs
+@given(params_of_runs, st.integers(0, 2**32), st.sampled_from([0, 30]), st.booleans())
+def test_an_engine_is_asked_for_nothing_whose_start_was_not_taken(
+    templates: Templates, params: Params, key: int, failing: int, together: bool
+) -> None:
+    """Whoever writes events down, slowly or many at once, knows of every rollout that an engine works on."""
+
+    async def follow() -> None:
+        engine, known = World(key, failing), set[Slot]()
+        async with open_run(init("run", PROBLEM, params, templates), engine) as events:
+            async for event in events:
+                batch = [event, *(later for later, _ in events.rest())] if together else [event]
+                await asyncio.sleep(0.5)  # of the store
+                assert known.issuperset(engine.asked)
+                known |= {one.slot for one in batch if isinstance(one, RolloutStarted)}
+            assert known == set(engine.asked)
+            assert events.state.outcome is not None
+
+    run_virtual(follow())
