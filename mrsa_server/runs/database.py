@@ -25,7 +25,6 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool
 from mrsa_server import migrations
 from mrsa_server.runs.store_errors import SchemaMismatch, StoreUnavailable
 
-_WAIT_S = 10.0  # for a lock, a connection or an answer
 _READERS = 4
 _CONNECTIONS = 8
 _DRIVERS = {
@@ -58,19 +57,24 @@ def parse_url(url: str) -> URL:
 class Database:
     """Connections to one database.
 
+    Args:
+        url: As `parse_url`.
+        wait_s: Seconds to wait for a lock, a connection or an answer.
+
     Attributes:
         postgres: Which of the two it is.
-        name: Its URL without the password.
+        name: Its URL without anything secret.
 
     Raises:
         ValueError: As `parse_url`.
         StoreUnavailable: The driver is not installed.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, wait_s: float = 10.0) -> None:
         parsed = parse_url(url)
         self.postgres = parsed.drivername.startswith("postgresql")
-        self.name = parsed.render_as_string(hide_password=True)
+        self.name = parsed.set(query={}).render_as_string(hide_password=True)  # a query can hold a password too
+        self._wait_s = wait_s
         self._path = None if self.postgres else Path(parsed.database or "")
         self._errors: tuple[type[Exception], ...] = (OSError, sqlite3.Error)
         try:
@@ -82,12 +86,12 @@ class Database:
                     hide_parameters=True,
                     pool_pre_ping=True,
                     pool_size=_CONNECTIONS,
-                    pool_timeout=_WAIT_S,
-                    connect_args={"timeout": _WAIT_S, "command_timeout": _WAIT_S},
+                    pool_timeout=wait_s,
+                    connect_args={"timeout": wait_s, "command_timeout": wait_s},
                 )
             else:
-                self._writer = _sqlite(parsed, 1, writes=True)
-                self._reader = _sqlite(parsed, _READERS, writes=False)
+                self._writer = _sqlite(parsed, 1, wait_s, writes=True)
+                self._reader = _sqlite(parsed, _READERS, wait_s, writes=False)
         except ModuleNotFoundError as error:
             raise StoreUnavailable(f"{error.name} is not installed: pip install 'mrsa-server[postgres]'") from error
 
@@ -190,11 +194,11 @@ class Database:
         except (IntegrityError, ProgrammingError, DataError, NotSupportedError):
             raise
         except DBAPIError as error:
-            raise StoreUnavailable(f"{type(error.orig).__name__}: {error.orig}") from error
+            raise StoreUnavailable(str(error.orig)) from error
         except PoolTimeout as error:
             raise StoreUnavailable("no connection came free in time") from error
         except TimeoutError as error:
-            raise StoreUnavailable(f"no answer within {_WAIT_S:g} s") from error
+            raise StoreUnavailable(f"no answer within {self._wait_s:g} s") from error
         except self._errors as error:
             raise StoreUnavailable(f"{type(error).__name__}: {error}") from error
 
@@ -212,7 +216,7 @@ def _check(current: str | None, *, exact: bool) -> None:
         raise SchemaMismatch(current, migrations.head(), known)
 
 
-def _sqlite(url: URL, connections: int, *, writes: bool) -> AsyncEngine:
+def _sqlite(url: URL, connections: int, wait_s: float, *, writes: bool) -> AsyncEngine:
     engine = create_async_engine(
         url,
         hide_parameters=True,
@@ -220,8 +224,8 @@ def _sqlite(url: URL, connections: int, *, writes: bool) -> AsyncEngine:
         pool_size=connections,
         max_overflow=0,
         # The writer's queue is as long as it takes: each has its turn of a few milliseconds.
-        pool_timeout=_WAIT_S * (6 if writes else 1),
-        connect_args={"timeout": _WAIT_S},
+        pool_timeout=wait_s * (6 if writes else 1),
+        connect_args={"timeout": wait_s},
     )
 
     @event.listens_for(engine.sync_engine, "connect")

@@ -194,16 +194,17 @@ class RunStore:
         owner: Who holds what is claimed here; no two stores that are open at once have the same.
         lease_s: Seconds that a claim holds without `renew` or `append`.
         keep_traces: Whether traces are stored at all.
+        wait_s: Seconds to wait for a lock, a connection or an answer of the database.
 
     Raises:
         ValueError: The URL is for no database that is known here.
     """
 
-    def __init__(self, url: str, *, owner: str, lease_s: float, keep_traces: bool = True) -> None:
+    def __init__(self, url: str, *, owner: str, lease_s: float, keep_traces: bool = True, wait_s: float = 10.0) -> None:
         self.owner = owner
         self.lease_s = lease_s
         self._keep_traces = keep_traces
-        self._database = Database(url)
+        self._database = Database(url, wait_s)
         self._bells = Bells(self._look, _POLL_S)
         self._listener: asyncio.Task[None] | None = None
 
@@ -675,6 +676,7 @@ class RunStore:
                     self._bells.ring_all()  # for what was said while nobody listened
                     await lost.wait()
             self._bells.poll_s = _POLL_S
+            self._bells.ring_all()  # they find out whether the database is gone too
             log.warning("no notifications", store=self.name)
             await asyncio.sleep(_RECONNECT_S)
 
