@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue, SecretStr, model_validator
@@ -105,6 +107,16 @@ class Settings(BaseSettings):
         20.0, ge=0, title=_SERVER, description="seconds that runs in flight get to end after SIGTERM"
     )
 
+    state_dir: Path | None = Field(
+        None,
+        title=_SERVER,
+        description="folder for what outlives the server, its SQLite file of runs above all; by default mrsa-server in "
+        "$XDG_STATE_HOME or ~/.local/state",
+    )
+    database_url: SecretStr | None = Field(
+        None, description="where runs are stored if not in `state_dir`: postgresql+asyncpg://USER@HOST/NAME"
+    )
+
     default_effort: Effort | None = Field(
         None,
         title=_METHOD,
@@ -165,6 +177,16 @@ class Settings(BaseSettings):
     log_format: Literal["auto", "json", "text"] = Field(
         "auto", title=_LOGS, description="`auto` is text in a terminal and JSON elsewhere"
     )
+
+    @property
+    def store_url(self) -> SecretStr:
+        """Where runs are stored."""
+        if self.database_url is not None:
+            return self.database_url
+        state = os.environ.get("XDG_STATE_HOME", "")
+        # The XDG rules: what is no absolute path counts as not set.
+        home = Path(state) if os.path.isabs(state) else Path.home() / ".local" / "state"
+        return SecretStr(f"sqlite+aiosqlite:///{(self.state_dir or home / 'mrsa-server').absolute() / 'runs.db'}")
 
     @property
     def usual_effort(self) -> Effort:

@@ -1,0 +1,245 @@
+"""A database as the store sees it: connections, transactions, its clock. SQLite or Postgres, one SQL for both.
+
+SQLite has one connection that writes, so that writers of this process queue here and those of others at `BEGIN
+IMMEDIATE`; each commit is synced to the disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Double, cast, event, extract, func, literal
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, NotSupportedError, ProgrammingError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.pool import AsyncAdaptedQueuePool
+
+from mrsa_server import migrations
+from mrsa_server.runs.store_errors import SchemaMismatch, StoreUnavailable
+
+_READERS = 4
+_CONNECTIONS = 8
+_DRIVERS = {
+    "sqlite": "sqlite+aiosqlite",
+    "sqlite+aiosqlite": "sqlite+aiosqlite",
+    "postgres": "postgresql+asyncpg",
+    "postgresql": "postgresql+asyncpg",
+    "postgresql+asyncpg": "postgresql+asyncpg",
+}
+
+
+def parse_url(url: str) -> URL:
+    """The URL of a database with the driver that is used here.
+
+    Raises:
+        ValueError: It is for no database that the store knows; nothing of the URL is repeated.
+    """
+    try:
+        parsed = make_url(url)
+    except Exception:
+        raise ValueError("the database URL cannot be read: sqlite:///PATH or postgresql://USER@HOST/NAME") from None
+    driver = _DRIVERS.get(parsed.drivername)
+    if driver is None:
+        raise ValueError(f"runs are stored in sqlite or postgresql, not in {parsed.drivername}")
+    if driver.startswith("sqlite") and parsed.database in (None, "", ":memory:"):
+        raise ValueError("a SQLite store is a file: sqlite:///PATH")
+    return parsed.set(drivername=driver)
+
+
+class Database:
+    """Connections to one database.
+
+    Args:
+        url: As `parse_url`.
+        wait_s: Seconds to wait for a lock, a connection or an answer.
+
+    Attributes:
+        postgres: Which of the two it is.
+        name: Its URL without anything secret.
+
+    Raises:
+        ValueError: As `parse_url`.
+        StoreUnavailable: The driver is not installed.
+    """
+
+    def __init__(self, url: str, wait_s: float = 10.0) -> None:
+        parsed = parse_url(url)
+        self.postgres = parsed.drivername.startswith("postgresql")
+        self.name = parsed.set(query={}).render_as_string(hide_password=True)  # a query can hold a password too
+        self._wait_s = wait_s
+        self._path = None if self.postgres else Path(parsed.database or "")
+        self._errors: tuple[type[Exception], ...] = (OSError, sqlite3.Error)
+        try:
+            if self.postgres:
+                driver = import_module("asyncpg")  # SQLAlchemy lets its errors through where it connects
+                self._errors = (OSError, driver.PostgresError, driver.InterfaceError)
+                self._writer = self._reader = create_async_engine(
+                    parsed,
+                    hide_parameters=True,
+                    pool_pre_ping=True,
+                    pool_size=_CONNECTIONS,
+                    pool_timeout=wait_s,
+                    connect_args={"timeout": wait_s, "command_timeout": wait_s},
+                )
+            else:
+                self._writer = _sqlite(parsed, 1, wait_s, writes=True)
+                self._reader = _sqlite(parsed, _READERS, wait_s, writes=False)
+        except ModuleNotFoundError as error:
+            raise StoreUnavailable(f"{error.name} is not installed: pip install 'mrsa-server[postgres]'") from error
+
+    @property
+    def now(self) -> ColumnElement[float]:
+        """The time by which leases are measured: the server's own where there is one, so that replicas agree."""
+        if self.postgres:
+            return cast(extract("epoch", func.clock_timestamp()), Double)
+        return literal(time.time(), Double)
+
+    @asynccontextmanager
+    async def writing(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction, committed at the block's end and undone where an error leaves it.
+
+        Raises:
+            StoreUnavailable: The database does not answer.
+        """
+        async with self._translated(), self._writer.begin() as connection:
+            yield connection
+
+    @asynccontextmanager
+    async def reading(self) -> AsyncIterator[AsyncConnection]:
+        """A connection to read from.
+
+        Raises:
+            StoreUnavailable: The database does not answer.
+        """
+        async with self._translated(), self._reader.connect() as connection:
+            yield connection
+
+    @asynccontextmanager
+    async def listening(self, channel: str, heard: Callable[[str], None]) -> AsyncIterator[asyncio.Event]:
+        """Call `heard` with the payload of each notification of Postgres.
+
+        Yields:
+            Set once the connection is lost, and nothing more will be heard.
+
+        Raises:
+            StoreUnavailable: The database does not answer.
+        """
+        lost = asyncio.Event()
+        async with self._translated(), self._reader.connect() as connection:
+            driver: Any = (await connection.get_raw_connection()).driver_connection
+            driver.add_termination_listener(lambda _: lost.set())
+            await driver.add_listener(channel, lambda *found: heard(found[3]))
+            try:
+                yield lost
+            finally:
+                await connection.invalidate()  # nobody else is to get a connection that listens
+
+    async def check(self) -> None:
+        """See that the tables are those of this version; a SQLite file is made and upgraded.
+
+        Raises:
+            SchemaMismatch: They are not.
+            StoreUnavailable: The database does not answer.
+        """
+        if self._path is not None:
+            await self.upgrade()
+            return
+        async with self.reading() as connection:
+            _check(await connection.run_sync(migrations.current), exact=True)
+
+    async def current(self) -> str | None:
+        """The revision of the tables; None where there are none.
+
+        Raises:
+            StoreUnavailable: The database does not answer.
+        """
+        if self._path is not None and not self._path.exists():
+            return None
+        async with self.reading() as connection:
+            return await connection.run_sync(migrations.current)
+
+    async def upgrade(self) -> None:
+        """Bring the tables to this version.
+
+        Raises:
+            SchemaMismatch: They are newer.
+            StoreUnavailable: The database does not answer.
+        """
+        if self._path is not None:
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            except OSError as error:
+                raise StoreUnavailable(f"{self._path.parent}: {error.strerror}") from error
+        async with self.writing() as connection:
+            await connection.run_sync(_upgrade)
+
+    async def aclose(self) -> None:
+        """Close every connection."""
+        for engine in {self._writer, self._reader}:
+            await engine.dispose()
+
+    @asynccontextmanager
+    async def _translated(self) -> AsyncIterator[None]:
+        """What a database or the way to it can do wrong, as one error; what we did wrong stays as it is."""
+        try:
+            yield
+        except (IntegrityError, ProgrammingError, DataError, NotSupportedError):
+            raise
+        except DBAPIError as error:
+            raise StoreUnavailable(str(error.orig)) from error
+        except PoolTimeout as error:
+            raise StoreUnavailable("no connection came free in time") from error
+        except TimeoutError as error:
+            raise StoreUnavailable(f"no answer within {self._wait_s:g} s") from error
+        except self._errors as error:
+            raise StoreUnavailable(f"{type(error).__name__}: {error}") from error
+
+
+def _upgrade(connection: Connection) -> None:
+    current = migrations.current(connection)
+    _check(current, exact=False)
+    if current != migrations.head():
+        migrations.upgrade(connection)
+
+
+def _check(current: str | None, *, exact: bool) -> None:
+    known = migrations.knows(current)
+    if not known or (exact and current != migrations.head()):
+        raise SchemaMismatch(current, migrations.head(), known)
+
+
+def _sqlite(url: URL, connections: int, wait_s: float, *, writes: bool) -> AsyncEngine:
+    engine = create_async_engine(
+        url,
+        hide_parameters=True,
+        poolclass=AsyncAdaptedQueuePool,
+        pool_size=connections,
+        max_overflow=0,
+        # The writer's queue is as long as it takes: each has its turn of a few milliseconds.
+        pool_timeout=wait_s * (6 if writes else 1),
+        connect_args={"timeout": wait_s},
+    )
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def _connected(connection: Any, _: object) -> None:
+        connection.isolation_level = None  # transactions are begun below, and not by the driver when it sees fit
+        cursor = connection.cursor()
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON") if writes else ("query_only=ON",):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    if writes:
+
+        @event.listens_for(engine.sync_engine, "begin")
+        def _begun(connection: Connection) -> None:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    return engine

@@ -1,0 +1,767 @@
+"""Runs that outlive their process: an append-only log of events for each, and a lease that says who may write to it.
+
+An owner holds a run by a claim. Its fence grows with each takeover, and every write carries it: an owner that froze and
+was given up for dead writes nothing more. A run whose lease is over is anybody's (`claim_lost`), who goes on from the
+fold over its events. Waking is best effort (`bells`, LISTEN/NOTIFY); the tables are the truth.
+
+A write that met `StoreUnavailable` may have arrived. It may be repeated as it was: `create` and `finish` by themselves,
+`append` with `after`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, cast
+
+import structlog
+from sqlalchemy import ColumnElement, Row, and_, delete, insert, null, or_, select, text, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from harness.events import Event, RolloutFinished
+from harness.types import Slot, Trace
+from mrsa_server.runs import codec, tables
+from mrsa_server.runs.bells import Bells, Progress
+from mrsa_server.runs.database import Database
+from mrsa_server.runs.store_errors import Fenced, KeyTaken, NoSuchRun, RunExists, StoreError
+
+RunKind = Literal["chat.completion", "response"]
+Unfinished = Literal["queued", "running"]
+Ended = Literal["finished", "stopped", "failed", "cancelled", "refused"]
+StoredStatus = Unfinished | Ended
+
+_CHANNEL = "mrsa_runs"
+_POLL_S = 0.25  # where nobody tells us what other processes write
+_LISTENING_POLL_S = 5.0  # beside LISTEN, in case a word was lost
+_RECONNECT_S = 1.0
+_BATCH = 500  # runs in one statement
+
+log = structlog.get_logger("mrsa.store")
+_runs = tables.runs.c
+_UNFINISHED = _runs.ended_at.is_(None)
+
+
+@dataclass(frozen=True, slots=True)
+class NewRun:
+    """A run to be stored.
+
+    Attributes:
+        run_id: Its name.
+        kind: What was asked for, and so what its result is.
+        body: The request as it came.
+        model: As the request names it.
+        effort: As it was worked out; None where there is none.
+        priority: That of its events, for those who take it up before it has any.
+        background: Whether it goes on when its reader leaves.
+        created_at: Unix seconds.
+        deadline_at: When it has to have ended, Unix seconds.
+        idempotency_key: The client's, no two runs have the same.
+        body_digest: Tells whether a request with the same key is the same request.
+        metadata: The client's.
+    """
+
+    run_id: str
+    kind: RunKind
+    body: bytes = field(repr=False)
+    model: str
+    effort: str | None = None
+    priority: int = 0
+    background: bool = False
+    created_at: float = 0.0
+    deadline_at: float | None = None
+    idempotency_key: str | None = None
+    body_digest: bytes = field(default=b"", repr=False)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The right to write to a run, until somebody takes it over.
+
+    Attributes:
+        run_id: The run.
+        fence: How often it has been taken, itself included.
+        last: The number of its last event when it was claimed; 0 for none.
+    """
+
+    run_id: str
+    fence: int
+    last: int
+
+
+class Renewed(NamedTuple):
+    """What became of claims: those that are lost, and those whose run is to be cancelled."""
+
+    lost: tuple[Claim, ...]
+    cancelled: tuple[Claim, ...]
+
+
+class Cursor(NamedTuple):
+    """A place in the list of runs, newest first."""
+
+    created_at: float
+    run_id: str
+
+
+class Pruned(NamedTuple):
+    """How many runs were deleted whole, how many lost their traces, how many keys are free again."""
+
+    runs: int
+    traces: int
+    keys: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """What the list shows of a run: as `NewRun`, and how far it is.
+
+    Attributes:
+        ended_at: Unix seconds; None while it goes on.
+        last: The number of its last event.
+        owner: Who holds it; None for nobody.
+        cancel_requested: Whether its owner is to end it.
+    """
+
+    run_id: str
+    kind: RunKind
+    status: StoredStatus
+    model: str
+    effort: str | None
+    priority: int
+    background: bool
+    created_at: float
+    deadline_at: float | None
+    ended_at: float | None
+    idempotency_key: str | None
+    metadata: Mapping[str, str]
+    last: int
+    owner: str | None
+    cancel_requested: bool
+
+    @property
+    def cursor(self) -> Cursor:
+        """Its place in the list."""
+        return Cursor(self.created_at, self.run_id)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRun(RunSummary):
+    """A run with what it was asked and what it answered.
+
+    Attributes:
+        body: The request as it came.
+        body_digest: As it was given.
+        result: What `finish` was given.
+        error: Likewise.
+    """
+
+    body: bytes = field(repr=False)
+    body_digest: bytes = field(repr=False)
+    result: bytes | None = field(repr=False)
+    error: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunFilter:
+    """Which runs to list; what is left out does not matter. `since` is included, `until` is not."""
+
+    status: Collection[StoredStatus] = ()
+    model: str | None = None
+    kind: RunKind | None = None
+    since: float | None = None
+    until: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An event of a log: its number from 1 on, and when it was stored, Unix seconds."""
+
+    number: int
+    at: float
+    event: Event
+
+
+class RunStore:
+    """One owner's way to the stored runs.
+
+    Args:
+        url: `sqlite:///PATH` or `postgresql://USER@HOST/NAME`.
+        owner: Who holds what is claimed here; no two stores that are open at once have the same.
+        lease_s: Seconds that a claim holds without `renew` or `append`.
+        keep_traces: Whether traces are stored at all.
+        wait_s: Seconds to wait for a lock, a connection or an answer of the database.
+
+    Raises:
+        ValueError: The URL is for no database that is known here.
+    """
+
+    def __init__(self, url: str, *, owner: str, lease_s: float, keep_traces: bool = True, wait_s: float = 10.0) -> None:
+        self.owner = owner
+        self.lease_s = lease_s
+        self._keep_traces = keep_traces
+        self._database = Database(url, wait_s)
+        self._bells = Bells(self._look, _POLL_S)
+        self._listener: asyncio.Task[None] | None = None
+
+    @property
+    def name(self) -> str:
+        """Where the runs are, without the password."""
+        return self._database.name
+
+    async def open(self) -> None:
+        """Find the database and its tables; a SQLite file is made and brought up to date.
+
+        Raises:
+            SchemaMismatch: `mrsa db upgrade` has to be run first, or a newer version was here.
+            StoreUnavailable: It does not answer.
+        """
+        await self._database.check()
+        if self._database.postgres:
+            self._listener = asyncio.create_task(self._listen(), name="store listen")
+
+    async def aclose(self) -> None:
+        """Close every connection. Claims stay what they are until their leases end."""
+        await self._bells.aclose()
+        if self._listener is not None:
+            self._listener.cancel()
+            await asyncio.wait((self._listener,))
+        await self._database.aclose()
+
+    # Writing: an owner's side.
+
+    async def create(self, record: NewRun, events: Sequence[Event] = ()) -> Claim:
+        """Store a new run and claim it. Without events it is `queued`, until it gets some.
+
+        Raises:
+            KeyTaken: Another run has its idempotency key.
+            RunExists: A run of this id is there already.
+            StoreUnavailable: Nobody knows whether it is stored; the same again is safe.
+        """
+        rows = await _rows(events, keep_traces=self._keep_traces)
+        values = {
+            "run_id": record.run_id,
+            "kind": record.kind,
+            "status": "running" if events else "queued",
+            "model": record.model,
+            "effort": record.effort,
+            "priority": record.priority,
+            "background": record.background,
+            "created_at": record.created_at,
+            "deadline_at": record.deadline_at,
+            "idempotency_key": record.idempotency_key,
+            "body_digest": record.body_digest,
+            "body": codec.deflate(record.body),
+            "metadata": json.dumps(dict(record.metadata)),
+            "events": len(events),
+            "owner": self.owner,
+            "fence": 1,
+            "cancel_requested": False,
+        }
+        try:
+            async with self._database.writing() as connection:
+                now = self._database.now
+                make = postgresql.insert if self._database.postgres else sqlite.insert
+                made = (
+                    await connection.execute(
+                        make(tables.runs)
+                        .values(**values, lease_until=now + self.lease_s)
+                        .on_conflict_do_nothing(index_elements=[_runs.idempotency_key])
+                        .returning(now)
+                    )
+                ).first()
+                if made is not None:
+                    await self._insert(connection, record.run_id, 0, made[0], rows)
+                    return Claim(record.run_id, 1, len(events))
+        except IntegrityError as error:
+            if await self._is_ours(record.run_id):
+                return Claim(record.run_id, 1, len(events))
+            raise RunExists(record.run_id) from error
+        assert record.idempotency_key is not None  # nothing else makes an insert do nothing
+        other = await self.find_key(record.idempotency_key)
+        if other is None:  # it was freed just now
+            return await self.create(record, events)
+        if other.run_id == record.run_id and await self._is_ours(record.run_id):
+            return Claim(record.run_id, 1, len(events))
+        raise KeyTaken(other.run_id, other.body_digest)
+
+    async def append(self, claim: Claim, events: Sequence[Event], *, after: int | None = None) -> int:
+        """Add events to the log, with the traces that come along, in one transaction; the lease begins anew.
+
+        Args:
+            claim: The run.
+            events: In their order; they get the next numbers.
+            after: The last number that the owner knows of, for a write that can be repeated: what is there already
+                is not written again.
+
+        Returns:
+            The number of the last event.
+
+        Raises:
+            Fenced: The run is another's by now, or has ended.
+            StoreUnavailable: Nobody knows whether they are stored; the same again is safe with `after`.
+            ValueError: The log does not end at `after`.
+        """
+        return await self._write(claim, events, after, {"status": "running"})
+
+    async def finish(
+        self,
+        claim: Claim,
+        status: Ended,
+        events: Sequence[Event] = (),
+        *,
+        after: int | None = None,
+        result: bytes | None = None,
+        error: bytes | None = None,
+        keep_key: bool = True,
+    ) -> int:
+        """End a run: nobody writes to it any more, and those who wait are woken.
+
+        Args:
+            claim: The run.
+            status: How it ended.
+            events: The last of its events.
+            after: As of `append`.
+            result: The whole response, for those who ask later.
+            error: The same of a run that has none.
+            keep_key: Whether its idempotency key goes on standing for it; else a request with it is a new run.
+
+        Returns:
+            The number of the last event.
+
+        Raises:
+            Fenced: The run is another's by now, or has ended otherwise.
+            StoreUnavailable: Nobody knows whether it has ended; the same again is safe.
+            ValueError: The log does not end at `after`.
+        """
+        values: dict[str, object] = {
+            "status": status,
+            "owner": None,
+            "ended_at": self._database.now,
+            "result": None if result is None else codec.deflate(result),
+            "error": None if error is None else codec.deflate(error),
+        }
+        if not keep_key:
+            values["idempotency_key"] = null()
+        return await self._write(claim, events, after, values)
+
+    async def renew(self, claims: Collection[Claim]) -> Renewed:
+        """Begin leases anew.
+
+        Raises:
+            StoreUnavailable: Nobody knows; the leases may end.
+        """
+        held: dict[str, tuple[int, bool]] = {}
+        for batch in _batches([claim.run_id for claim in claims]):
+            async with self._database.writing() as connection:
+                found = await connection.execute(
+                    update(tables.runs)
+                    .where(_UNFINISHED, _runs.owner == self.owner, _runs.run_id.in_(batch))
+                    .values(lease_until=self._database.now + self.lease_s)
+                    .returning(_runs.run_id, _runs.fence, _runs.cancel_requested)
+                )
+                held |= {row.run_id: (row.fence, row.cancel_requested) for row in found}
+        # A run that this store itself has taken again is held, though not by the old claim.
+        good = {claim for claim in claims if held.get(claim.run_id, (None, False))[0] == claim.fence}
+        return Renewed(
+            tuple(claim for claim in claims if claim not in good),
+            tuple(claim for claim in claims if claim in good and held[claim.run_id][1]),
+        )
+
+    async def release(self, claim: Claim) -> None:
+        """Give an unfinished run back: its lease ends now, and whoever comes first goes on with it.
+
+        Raises:
+            StoreUnavailable: Nobody knows; the lease ends by itself.
+        """
+        async with self._database.writing() as connection:
+            await connection.execute(
+                update(tables.runs)
+                .where(_runs.run_id == claim.run_id, self._held(claim))
+                # The fence grows, so that what its last owner has still on the way comes too late.
+                .values(owner=None, lease_until=0.0, fence=_runs.fence + 1)
+            )
+
+    async def claim_lost(self, limit: int) -> list[Claim]:
+        """Take unfinished runs whose lease is over, the oldest first.
+
+        Raises:
+            StoreUnavailable: The database does not answer.
+        """
+        now = self._database.now
+        lost = (
+            select(_runs.run_id)
+            .where(_UNFINISHED, _runs.lease_until < now)
+            .order_by(_runs.created_at, _runs.run_id)
+            .limit(limit)
+            .with_for_update(skip_locked=True)
+        )
+        async with self._database.writing() as connection:
+            if self._database.postgres:
+                # Read once, before the update: a subquery may be run anew for each row, and then take other rows.
+                chosen = list((await connection.execute(lost)).scalars())
+                where: ColumnElement[bool] = _runs.run_id.in_(chosen)
+            else:
+                where = _runs.run_id.in_(lost)
+            found = await connection.execute(
+                update(tables.runs)
+                .where(where)
+                .values(owner=self.owner, fence=_runs.fence + 1, lease_until=now + self.lease_s)
+                .returning(_runs.run_id, _runs.fence, _runs.events, _runs.created_at)
+            )
+            rows = sorted(found, key=lambda row: (row.created_at, row.run_id))
+        return [Claim(row.run_id, row.fence, row.events) for row in rows]
+
+    # Writing: anybody's side.
+
+    async def request_cancel(self, run_id: str) -> bool:
+        """Ask the owner of a run to end it, wherever it is: `renew` tells. Its idempotency key is free at once.
+
+        Returns:
+            Whether there was anything to cancel.
+
+        Raises:
+            StoreUnavailable: The database does not answer.
+        """
+        async with self._database.writing() as connection:
+            found = await connection.execute(
+                update(tables.runs)
+                .where(_runs.run_id == run_id, _UNFINISHED)
+                .values(cancel_requested=True, idempotency_key=null())
+            )
+            return bool(found.rowcount)
+
+    async def delete(self, run_id: str) -> bool:
+        """Forget a run with its events and traces; an owner that still works on it is fenced.
+
+        Returns:
+            Whether there was one.
+
+        Raises:
+            StoreUnavailable: The database does not answer.
+        """
+        async with self._database.writing() as connection:
+            found = bool((await connection.execute(delete(tables.runs).where(_runs.run_id == run_id))).rowcount)
+            await self._notify(connection, run_id)
+        self._bells.ring(run_id)
+        return found
+
+    async def prune(
+        self,
+        *,
+        traces_older_than_s: float | None = None,
+        runs_older_than_s: float | None = None,
+        keys_older_than_s: float | None = None,
+    ) -> Pruned:
+        """Forget what has been kept long enough, counted from the end of a run; None keeps it for ever.
+
+        In small transactions, so that no writer waits long.
+
+        Raises:
+            StoreUnavailable: The database does not answer; what was pruned before is gone.
+        """
+        runs = traces = keys = 0
+        if runs_older_than_s is not None:
+            while batch := await self._ended_before(runs_older_than_s):
+                async with self._database.writing() as connection:
+                    await connection.execute(delete(tables.runs).where(_runs.run_id.in_(batch)))
+                runs += len(batch)
+        if traces_older_than_s is not None:
+            has_traces = select(tables.traces.c.run_id).where(tables.traces.c.run_id == _runs.run_id).exists()
+            while batch := await self._ended_before(traces_older_than_s, has_traces):
+                async with self._database.writing() as connection:
+                    await connection.execute(delete(tables.traces).where(tables.traces.c.run_id.in_(batch)))
+                traces += len(batch)
+        if keys_older_than_s is not None:
+            while batch := await self._ended_before(keys_older_than_s, _runs.idempotency_key.is_not(None)):
+                async with self._database.writing() as connection:
+                    await connection.execute(
+                        update(tables.runs).where(_runs.run_id.in_(batch)).values(idempotency_key=null())
+                    )
+                keys += len(batch)
+        return Pruned(runs, traces, keys)
+
+    # Reading.
+
+    async def get(self, run_id: str) -> StoredRun | None:
+        """A run with its request and its result; None if there is none.
+
+        Raises:
+            StoreUnavailable: The database does not answer.
+        """
+        return await self._one(_runs.run_id == run_id)
+
+    async def find_key(self, idempotency_key: str) -> StoredRun | None:
+        """The run that an idempotency key stands for; None for nothing.
+
+        Raises:
+            StoreUnavailable: The database does not answer.
+        """
+        return await self._one(_runs.idempotency_key == idempotency_key)
+
+    async def list_runs(
+        self, which: RunFilter | None = None, *, before: Cursor | None = None, limit: int = 50
+    ) -> list[RunSummary]:
+        """Runs, the newest first; fewer than `limit` are the last.
+
+        Args:
+            which: Of which runs.
+            before: The `cursor` of the last one that was read, to go on from there.
+            limit: Most runs.
+
+        Raises:
+            StoreUnavailable: The database does not answer.
+        """
+        which = which or RunFilter()
+        query = select(*(_runs[name] for name in _SUMMARY)).order_by(_runs.created_at.desc(), _runs.run_id.desc())
+        if which.status:
+            query = query.where(_runs.status.in_(which.status))
+        if which.model is not None:
+            query = query.where(_runs.model == which.model)
+        if which.kind is not None:
+            query = query.where(_runs.kind == which.kind)
+        if which.since is not None:
+            query = query.where(_runs.created_at >= which.since)
+        if which.until is not None:
+            query = query.where(_runs.created_at < which.until)
+        if before is not None:
+            older = _runs.created_at < before.created_at
+            twin = and_(_runs.created_at == before.created_at, _runs.run_id < before.run_id)
+            query = query.where(or_(older, twin))
+        async with self._database.reading() as connection:
+            return [RunSummary(**_summary(row)) for row in await connection.execute(query.limit(limit))]
+
+    async def events(self, run_id: str, after: int = 0, limit: int | None = None) -> list[Stored]:
+        """The log of a run beyond a number, all of it by default.
+
+        Raises:
+            Undecodable: A newer version wrote it.
+            StoreUnavailable: The database does not answer.
+        """
+        found = tables.events.c
+        query = (
+            select(found.number, found.at, found.kind, found.body)
+            .where(found.run_id == run_id, found.number > after)
+            .order_by(found.number)
+            .limit(limit)
+        )
+        async with self._database.reading() as connection:
+            rows = (await connection.execute(query)).all()
+        return [Stored(row.number, row.at, codec.decode(row.kind, row.body)) for row in rows]
+
+    async def trace(self, run_id: str, slot: Slot) -> Trace | None:
+        """The trace of a rollout; None where there is none, or none any more.
+
+        Raises:
+            StoreUnavailable: The database does not answer.
+        """
+        found = tables.traces.c
+        query = select(found.body).where(
+            found.run_id == run_id, found.round == slot.round, tables.traces.c["index"] == slot.index
+        )
+        async with self._database.reading() as connection:
+            body = (await connection.execute(query)).scalar()
+        return None if body is None else codec.decode_trace(body)
+
+    async def traces(self, run_id: str, round: int | None = None) -> dict[Slot, Trace]:
+        """The traces of a run, or of one of its rounds.
+
+        Raises:
+            StoreUnavailable: The database does not answer.
+        """
+        found = tables.traces.c
+        query = select(found.round, found["index"].label("place"), found.body).where(found.run_id == run_id)
+        if round is not None:
+            query = query.where(found.round == round)
+        async with self._database.reading() as connection:
+            rows = (await connection.execute(query.order_by(found.round, found["index"]))).all()
+        return {Slot(row.round, row.place): codec.decode_trace(row.body) for row in rows}
+
+    async def wait(self, run_id: str, after: int, timeout_s: float) -> Progress:
+        """Wait until a run has gone beyond `after` or has ended, or for `timeout_s`; how far it is then.
+
+        Raises:
+            NoSuchRun: There is none, or none any more.
+            StoreUnavailable: The database does not answer.
+        """
+        clock = asyncio.get_running_loop().time
+        until = clock() + timeout_s
+        while True:
+            with self._bells.hung(run_id, after) as bell:  # before looking, so that no ring is missed
+                progress = (await self._look((run_id,))).get(run_id)
+                if progress is None:
+                    raise NoSuchRun(run_id)
+                left = until - clock()
+                if progress.last > after or progress.ended or left <= 0:
+                    return progress
+                await asyncio.wait((bell,), timeout=left)
+
+    # Below.
+
+    def _held(self, claim: Claim) -> ColumnElement[bool]:
+        return and_(_UNFINISHED, _runs.owner == self.owner, _runs.fence == claim.fence)
+
+    async def _write(
+        self, claim: Claim, events: Sequence[Event], after: int | None, values: Mapping[str, object]
+    ) -> int:
+        rows = await _rows(events, keep_traces=self._keep_traces)
+        held = self._held(claim) if after is None else and_(self._held(claim), _runs.events == after)
+        async with self._database.writing() as connection:
+            now = self._database.now
+            written = (
+                await connection.execute(
+                    update(tables.runs)
+                    .where(_runs.run_id == claim.run_id, held)
+                    .values(events=_runs.events + len(events), lease_until=now + self.lease_s, **values)
+                    .returning(_runs.events, now)
+                )
+            ).first()
+            if written is None:
+                return await self._why_not(connection, claim, len(events), after, cast(str, values["status"]))
+            last: int = written[0]
+            await self._insert(connection, claim.run_id, last - len(events), written[1], rows)
+            await self._notify(connection, claim.run_id)
+        self._bells.ring(claim.run_id)
+        return last
+
+    async def _why_not(
+        self, connection: AsyncConnection, claim: Claim, count: int, after: int | None, status: str
+    ) -> int:
+        """Why a write found no row: it was written before, or it is fenced."""
+        query = select(_runs.fence, _runs.status, _runs.owner, _runs.events).where(_runs.run_id == claim.run_id)
+        row = (await connection.execute(query)).first()
+        if row is None:
+            raise Fenced(claim.run_id, claim.fence, None, None)
+        if row.fence == claim.fence and row.owner in (self.owner, None):
+            ended = status != "running"  # it ends but once, whatever number its owner knows of
+            if row.status == status and (ended if after is None else row.events == after + count):
+                return cast(int, row.events)
+            if row.owner is not None:
+                raise ValueError(f"the log of {claim.run_id} ends at {row.events}, not at {after}")
+        raise Fenced(claim.run_id, claim.fence, row.fence, row.status)
+
+    async def _insert(self, connection: AsyncConnection, run_id: str, after: int, at: float, rows: _Rows) -> None:
+        if rows.events:
+            await connection.execute(
+                insert(tables.events),
+                [
+                    {"run_id": run_id, "number": number, "at": at, "kind": kind, "body": body}
+                    for number, (kind, body) in enumerate(rows.events, after + 1)
+                ],
+            )
+        if rows.traces:
+            await connection.execute(
+                insert(tables.traces),
+                [
+                    {"run_id": run_id, "round": slot.round, "index": slot.index, "body": body}
+                    for slot, body in rows.traces
+                ],
+            )
+
+    async def _notify(self, connection: AsyncConnection, run_id: str) -> None:
+        if self._database.postgres:  # heard once the transaction is committed, and not if it is undone
+            await connection.execute(
+                text("SELECT pg_notify(:channel, :run_id)"), {"channel": _CHANNEL, "run_id": run_id}
+            )
+
+    async def _listen(self) -> None:
+        while True:
+            with suppress(StoreError):
+                async with self._database.listening(_CHANNEL, self._bells.ring) as lost:
+                    self._bells.poll_s = _LISTENING_POLL_S
+                    self._bells.ring_all()  # for what was said while nobody listened
+                    await lost.wait()
+            self._bells.poll_s = _POLL_S
+            self._bells.ring_all()  # they find out whether the database is gone too
+            log.warning("no notifications", store=self.name)
+            await asyncio.sleep(_RECONNECT_S)
+
+    async def _look(self, run_ids: Collection[str]) -> Mapping[str, Progress]:
+        found: dict[str, Progress] = {}
+        for batch in _batches(list(run_ids)):
+            query = select(_runs.run_id, _runs.events, _runs.ended_at).where(_runs.run_id.in_(batch))
+            async with self._database.reading() as connection:
+                rows = (await connection.execute(query)).all()
+            found |= {row.run_id: Progress(row.events, row.ended_at is not None) for row in rows}
+        return found
+
+    async def _one(self, which: ColumnElement[bool]) -> StoredRun | None:
+        names = (*_SUMMARY, "body", "body_digest", "result", "error")
+        async with self._database.reading() as connection:
+            row = (await connection.execute(select(*(_runs[name] for name in names)).where(which))).first()
+        if row is None:
+            return None
+        return StoredRun(
+            **_summary(row),
+            body=codec.inflate(row.body),
+            body_digest=row.body_digest,
+            result=None if row.result is None else codec.inflate(row.result),
+            error=None if row.error is None else codec.inflate(row.error),
+        )
+
+    async def _is_ours(self, run_id: str) -> bool:
+        """Whether a run was made by a write of this store that we thought lost."""
+        query = select(_runs.run_id).where(_runs.run_id == run_id, _runs.owner == self.owner, _runs.fence == 1)
+        async with self._database.reading() as connection:
+            return (await connection.execute(query)).first() is not None
+
+    async def _ended_before(self, seconds: float, *which: ColumnElement[bool]) -> list[str]:
+        query = select(_runs.run_id).where(_runs.ended_at < self._database.now - seconds, *which).limit(_BATCH)
+        async with self._database.reading() as connection:
+            return list((await connection.execute(query)).scalars())
+
+
+_SUMMARY = (
+    "run_id",
+    "kind",
+    "status",
+    "model",
+    "effort",
+    "priority",
+    "background",
+    "created_at",
+    "deadline_at",
+    "ended_at",
+    "idempotency_key",
+    "metadata",
+    "events",
+    "owner",
+    "cancel_requested",
+)
+
+
+def _summary(row: Row[Any]) -> dict[str, Any]:
+    found = {name: value for name, value in row._mapping.items() if name in _SUMMARY}
+    return found | {"metadata": json.loads(found["metadata"]), "last": found.pop("events")}
+
+
+class _Rows(NamedTuple):
+    """What an append puts into the tables: kinds and bodies of events, and traces by slot."""
+
+    events: list[tuple[str, bytes]]
+    traces: list[tuple[Slot, bytes]]
+
+
+async def _rows(events: Sequence[Event], *, keep_traces: bool) -> _Rows:
+    """Events as they are stored; in a thread where they bring traces, whose ids are many."""
+    if any(isinstance(event, RolloutFinished) for event in events):
+        return await asyncio.to_thread(_encoded, events, keep_traces)
+    return _encoded(events, keep_traces)
+
+
+def _encoded(events: Sequence[Event], keep_traces: bool) -> _Rows:
+    traces = [
+        (event.rollout.slot, codec.encode_trace(event.trace))
+        for event in events
+        if keep_traces and isinstance(event, RolloutFinished) and event.trace is not None
+    ]
+    return _Rows([codec.encode(event) for event in events], traces)
+
+
+def _batches(ids: Sequence[str]) -> Iterator[Sequence[str]]:
+    for start in range(0, len(ids), _BATCH):
+        yield ids[start : start + _BATCH]

@@ -1,0 +1,46 @@
+"""What tests of several rooms share: the stores, each on SQLite and on a real Postgres."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mrsa_server.runs.database import Database
+from tests.helpers.postgres import WANTED, Postgres, running
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    with running() as server:
+        if server is None and os.environ.get("MRSA_REQUIRE_POSTGRES"):
+            pytest.fail(WANTED)
+        if server is None:
+            pytest.skip(WANTED)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def template(postgres: Postgres) -> str:
+    """A database with this version's tables, to be copied."""
+    name = postgres.make()
+
+    async def upgrade() -> None:
+        database = Database(postgres.url(name))
+        await database.upgrade()
+        await database.aclose()
+
+    asyncio.run(upgrade())
+    return name
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty store."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'state' / 'runs.db'}"
+    server: Postgres = request.getfixturevalue("postgres")
+    return server.url(server.make(request.getfixturevalue("template")))
