@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -26,6 +27,7 @@ from mrsa_server.engines.build import ServedEngine, build
 from mrsa_server.metrics import Metrics
 from mrsa_server.runs.admission import Admission
 from mrsa_server.runs.host import EngineHost
+from mrsa_server.runs.journal import Journal
 from mrsa_server.runs.runner import Runner
 from mrsa_server.settings import Settings
 
@@ -50,10 +52,14 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
             max_tokens=settings.max_inflight_tokens,
             max_calls=places(settings).calls,
         )
+        templates = load_templates()
+        journal = await open_journal(settings)
         runner = Runner(
             host,
             admission,
             metrics,
+            journal=journal,
+            templates=templates,
             max_runs=settings.max_runs,
             max_queued=settings.max_queued,
             engine_wait_s=settings.engine_wait_s,
@@ -61,15 +67,21 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
         names = models.ModelNames(host, settings.served_model, int(time.time()))
         keys = Keys(settings.idempotency_keep_s, settings.max_idempotency_keys)
         app.state.metrics, app.state.runner, app.state.models = metrics, runner, names
-        app.state.chat = chat.ChatService(settings, runner, names, load_templates(), keys)
-        life = asyncio.create_task(host.run(), name="engine")
+        app.state.chat = chat.ChatService(settings, runner, names, templates, keys)
+        lives = [asyncio.create_task(host.run(), name="engine")]
+        if journal is not None:
+            lives.append(asyncio.create_task(journal.keep(), name="leases"))
+            lives.append(asyncio.create_task(runner.adopt(), name="runs left behind"))
         try:
             yield
         finally:
             await runner.aclose()
             await keys.aclose()
-            life.cancel()
-            await asyncio.wait((life,))
+            for life in lives:
+                life.cancel()
+            await asyncio.wait(lives)
+            if journal is not None:
+                await journal.store.aclose()
 
     app = FastAPI(
         title="mrsa-server",
@@ -86,6 +98,22 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
     app.add_exception_handler(HTTPException, _http_error)
     app.add_middleware(RequestScope)
     return app
+
+
+async def open_journal(settings: Settings) -> Journal | None:
+    """Where runs are written down; None where they are not.
+
+    Raises:
+        StoreError: The database cannot be used as it is.
+    """
+    if settings.database_url is None:
+        return None
+    from mrsa_server.runs.store import RunStore  # a server without a store loads no database
+
+    url, owner = settings.database_url.get_secret_value(), f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
+    store = RunStore(url, owner=owner, lease_s=settings.lease_s)
+    await store.open()
+    return Journal(store)
 
 
 def places(settings: Settings) -> Places:

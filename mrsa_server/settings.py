@@ -113,6 +113,11 @@ class Settings(BaseSettings):
         description="folder for what outlives the server, its SQLite file of runs above all; by default mrsa-server in "
         "$XDG_STATE_HOME or ~/.local/state",
     )
+    lease_s: Seconds = Field(
+        10.0,
+        title=_SERVER,
+        description="seconds after which a server that is silent has lost its runs to the next that shares the store",
+    )
     database_url: SecretStr | None = Field(
         None, description="where runs are stored if not in `state_dir`: postgresql+asyncpg://USER@HOST/NAME"
     )

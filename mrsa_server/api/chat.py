@@ -28,6 +28,7 @@ from mrsa_server.api.models import ModelNames
 from mrsa_server.api.sse import KEEP_ALIVE, ClientGone, EventStream, until_gone
 from mrsa_server.api.wire import Chat, parse_chat, to_problem, to_wishes
 from mrsa_server.engines.build import ServedEngine
+from mrsa_server.runs.record import NewRun
 from mrsa_server.runs.runner import Prepared, Run, Runner, Subscription
 from mrsa_server.settings import Settings
 
@@ -103,7 +104,16 @@ def _submit(service: ChatService, raw: bytes) -> Asked:
         except BadRequest as error:
             raise renamed(error, chat.names) from None
 
-    return Asked(service.runner.submit(f"run_{name}", prepare, wishes.deadline_s), reply)
+    record = NewRun(
+        run_id=f"run_{name}",
+        kind="chat.completion",
+        body=raw,
+        model=chat.model,
+        effort=wishes.effort.value,
+        created_at=time.time(),
+        deadline_at=None if wishes.deadline_s is None else time.time() + wishes.deadline_s,
+    )
+    return Asked(service.runner.submit(f"run_{name}", prepare, wishes.deadline_s, record), reply)
 
 
 async def _whole(service: ChatService, asked: Asked) -> bytes:

@@ -4,6 +4,8 @@ ApiError
     BadRequest         400  the request cannot be honoured as it stands; names the field and the limit
     UnknownModel       404  no such model is served here
     KeyInUse           409  the idempotency key stands for another body
+    RunCancelled       409  somebody ended the run
+    TakenOver          503  another server goes on with the run
     Overloaded         503  too many runs at once; a retry may succeed
     Crowded            503  too many connections at once; likewise
     ShuttingDown       503  this server is about to leave; another one may answer
@@ -92,6 +94,20 @@ class UnknownModel(ApiError):
 
     def __init__(self, model: str) -> None:
         super().__init__(404, "model_not_found", f"The model {model!r} is not served here.", "model")
+
+
+class TakenOver(ApiError):
+    """Another server goes on with the run."""
+
+    def __init__(self) -> None:
+        super().__init__(503, "run_taken_over", "The run goes on at another server.", headers=NO_RETRY)
+
+
+class RunCancelled(ApiError):
+    """Somebody ended the run."""
+
+    def __init__(self) -> None:
+        super().__init__(409, "run_cancelled", "The run was cancelled.", headers=NO_RETRY)
 
 
 class KeyInUse(ApiError):

@@ -107,8 +107,8 @@ class EngineHost:
         """Whether it is up, as far as anyone has noticed."""
         return self.health is Health.UP
 
-    async def wait_up(self, timeout_s: float) -> None:
-        """Return when the engine is up.
+    async def wait_up(self, timeout_s: float | None) -> None:
+        """Return when the engine is up; without a time, however long that takes.
 
         Raises:
             EngineUnavailable: It is not up after `timeout_s`, or never will be.

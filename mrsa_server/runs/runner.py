@@ -1,7 +1,8 @@
 """Owns the task of every run. A run goes on by itself; who reads it subscribes, and never slows it.
 
 Each run has one writer, its own task. A run whose last reader has left is cancelled. Nothing of a run that has ended is
-kept here.
+kept here. Where there is a journal, what a run does is written down before anybody reads it or acts on it; a run that
+an owner left behind, here or elsewhere, is taken up from its log, and goes on without a reader.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
+import orjson
 import structlog
 
 from harness.engine import EngineDead
@@ -30,7 +33,8 @@ from harness.events import (
     SetSkipped,
     Stopped,
 )
-from harness.markovian_rsa import RoundStats, State, apply
+from harness.markovian_rsa import RoundStats, State, apply, replay
+from harness.prompts import Templates
 from harness.run import Watch, open_run
 from harness.savings import savings
 from harness.selection import MathJudge
@@ -43,18 +47,28 @@ from mrsa_server.api.errors import (
     EngineRefused,
     EngineUnavailable,
     Overloaded,
+    RunCancelled,
     ShuttingDown,
+    TakenOver,
 )
 from mrsa_server.engines.build import ServedEngine
 from mrsa_server.metrics import Metrics, RunStatus
 from mrsa_server.runs.admission import Admission
 from mrsa_server.runs.host import EngineHost
+from mrsa_server.runs.journal import Book, Journal
+from mrsa_server.runs.record import NewRun
+from mrsa_server.runs.store_errors import Fenced, StoreError, StoreUnavailable
+
+if TYPE_CHECKING:  # a server without a store loads no database
+    from mrsa_server.runs.store import Claim, RunStore, StoredRun
 
 # An engine that dies again before any rollout has ended is not worth a sixth try.
 _MOST_DEATHS = 5
 _FIRST_PAUSE_S = 0.05
 # Fewer tokens tell little of an engine's speed: the prompt and the start take their share of the seconds.
 _MEASURED_TOKENS = 512
+_CLOSING_S = 5.0  # for the last words of runs, when the server leaves; their leases end by themselves
+_TAKEN_AT_ONCE = 64  # runs that were left behind; others that share the store may have room too
 # What a server answers to a request that would be refused the next time too.
 _REFUSALS = frozenset({400, 413, 422})
 
@@ -203,6 +217,8 @@ class Run:
         failures: With which HTTP statuses its rollouts failed.
         deadline: When it has to have ended, on the loop's clock; waiting counts. None for whenever.
         cancelled: Whether it was told to end.
+        book: Its log; None where nothing is written down.
+        adopted: Whether it was taken up from its log: nobody waits for it, so it waits for its engine.
     """
 
     id: str
@@ -213,6 +229,8 @@ class Run:
     error: ApiError | None = None
     failures: set[int | None] = field(default_factory=set)
     task: asyncio.Task[None] | None = field(default=None, repr=False)
+    book: Book | None = field(default=None, repr=False)
+    adopted: bool = False
     clocks: dict[int, _Clock] = field(default_factory=dict)
     _subscriptions: list[Subscription] = field(default_factory=list)
     _reported: set[int] = field(default_factory=set)
@@ -235,7 +253,7 @@ class Run:
         self._left()
 
     def _left(self) -> None:
-        if not self._subscriptions and not self._waiting and not self._ended:
+        if not self._subscriptions and not self._waiting and not self._ended and not self.adopted:
             self.cancel()
 
     async def ended(self) -> None:
@@ -337,6 +355,8 @@ class Runner:
         max_runs: int,
         max_queued: int,
         engine_wait_s: float,
+        journal: Journal | None = None,
+        templates: Templates | None = None,
     ) -> None:
         self.host = host
         self.draining = False
@@ -346,6 +366,9 @@ class Runner:
         self._max_runs = max_runs
         self._max_queued = max_queued
         self._engine_wait_s = engine_wait_s
+        self._journal = journal
+        self._templates = templates
+        self._closing: set[asyncio.Task[None]] = set()  # books of runs that have ended
         self._places = asyncio.Semaphore(max_runs)
         self._runs: set[Run] = set()
         self._priority = 0
@@ -359,13 +382,16 @@ class Runner:
         self._priority = max(self._priority + 1, time.time_ns() // 1_000_000)
         return self._priority
 
-    def submit(self, run_id: str, prepare: Prepare, deadline_s: float | None = None) -> Run:
+    def submit(
+        self, run_id: str, prepare: Prepare, deadline_s: float | None = None, record: NewRun | None = None
+    ) -> Run:
         """Let a run in.
 
         Args:
             run_id: Its name.
             prepare: Checks the request against the engine, once that is up, and makes the run.
             deadline_s: Seconds from now within which it has to end, whatever it waits for.
+            record: What the store keeps of the request; None for a run that is not stored.
 
         Raises:
             Overloaded: Too many runs in flight and waiting.
@@ -381,10 +407,101 @@ class Runner:
         run = Run(run_id)
         if deadline_s is not None:
             run.deadline = asyncio.get_running_loop().time() + deadline_s
-        self._runs.add(run)
-        run.task = asyncio.create_task(self._own(run, prepare, deadline_s), name=f"run {run_id}")
-        run.task.add_done_callback(lambda _: self._forget(run))
+        self._let_go(run, self._own(run, prepare, deadline_s, record))
         return run
+
+    def _let_go(self, run: Run, life: Coroutine[None, None, None]) -> None:
+        self._runs.add(run)
+        run.task = asyncio.create_task(life, name=f"run {run.id}")
+        run.task.add_done_callback(lambda _: self._forget(run))
+
+    async def adopt(self) -> None:
+        """Take up runs that were left behind, again and again, for as long as the server lives."""
+        assert self._journal is not None
+        store = self._journal.store
+        await self.host.wait_up(None)  # one without an engine leaves them to others
+        while not self.draining:
+            room = self._max_runs - len(self._runs)
+            try:
+                claims = await store.claim_lost(min(_TAKEN_AT_ONCE, room)) if room > 0 else []
+                for claim in claims:
+                    await self._take_up(store, claim)
+            except StoreUnavailable as error:
+                log.warning("store is away", reason=str(error))
+                claims = []
+            if len(claims) < _TAKEN_AT_ONCE:
+                await asyncio.sleep(store.lease_s / 2)
+
+    async def _take_up(self, store: RunStore, claim: Claim) -> None:
+        record = await store.get(claim.run_id)
+        if record is None:
+            return
+        run = Run(claim.run_id, adopted=True)
+        if record.deadline_at is not None:
+            run.deadline = asyncio.get_running_loop().time() + record.deadline_at - time.time()
+        assert self._journal is not None
+        run.book = self._journal.take(claim, *_ends(run))
+        self._let_go(run, self._own_again(run, store, record))
+
+    async def _own_again(self, run: Run, store: RunStore, record: StoredRun) -> None:
+        """The further life of a run that was left behind."""
+        clock = asyncio.get_running_loop().time
+        start = clock() - max(0.0, time.time() - record.created_at)
+        status: RunStatus = "cancelled"
+        try:
+            events = [stored.event for stored in await store.events(run.id)]
+            if not events:
+                raise ApiError(500, "run_lost", "The run was lost before it had begun.", headers=NO_RETRY)
+            assert self._templates is not None  # there is a journal
+            try:
+                run.state = replay(events, self._templates)
+            except ValueError as error:
+                raise ApiError(500, "run_lost", f"The run cannot go on: {error}.", headers=NO_RETRY) from None
+            log.info("run is taken up", run_id=run.id, events=len(events), rollouts=len(run.state.rollouts))
+            if run.state.outcome is None:
+                await self._enter()
+                try:
+                    await self.host.wait_up(None)
+                    await self._drive(run, Watch.NONE, start)
+                finally:
+                    self._leave()
+            run.error, status = _verdict(run.state, run.failures)
+        except ApiError as error:
+            run.error, status = error, "refused" if error.status < 500 else "failed"
+        except StoreError as error:
+            self._give_up(run, error)
+        except Exception:
+            log.exception("run broke", run_id=run.id)
+            run.error = ApiError(500, "internal_error", "The server failed; the run has no answer.", headers=NO_RETRY)
+            status = "failed"
+        finally:
+            self._report(run, status, clock() - start)
+            self._close(run, status)
+
+    def _give_up(self, run: Run, error: StoreError) -> None:
+        """A run is another server's, or its log cannot be read: whoever reads it here has to come again."""
+        log.warning("run is given up", run_id=run.id, reason=str(error))
+        run.error = TakenOver()
+
+    def _close(self, run: Run, status: RunStatus) -> None:
+        """Write down how a run ended, or leave it to others, behind the back of those who wait for its answer."""
+        if run.book is None:
+            return
+        if isinstance(run.error, TakenOver):
+            self._journal_of(run).forget(run.book)
+            return
+        if self.draining and isinstance(run.error, ShuttingDown):
+            closing = run.book.release()
+        else:
+            error = None if run.error is None else orjson.dumps(run.error.body())
+            closing = run.book.close(status, error)
+        task = asyncio.create_task(closing, name=f"close run {run.id}")
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    def _journal_of(self, run: Run) -> Journal:
+        assert self._journal is not None  # it has a book
+        return self._journal
 
     async def drain(self, grace_s: float) -> None:
         """Let no run in any more; give those in flight `grace_s` to end, then end them with an error that says so."""
@@ -406,8 +523,10 @@ class Runner:
         for run in runs:
             run.cancel(ShuttingDown())
         await asyncio.gather(*(run.task for run in runs if run.task is not None), return_exceptions=True)
+        if self._closing:
+            await asyncio.wait(self._closing, timeout=_CLOSING_S)
 
-    async def _own(self, run: Run, prepare: Prepare, deadline_s: float | None) -> None:
+    async def _own(self, run: Run, prepare: Prepare, deadline_s: float | None, record: NewRun | None) -> None:
         """The whole life of a run; its only place where an error becomes its end."""
         clock = asyncio.get_running_loop().time
         start = clock()
@@ -416,6 +535,8 @@ class Runner:
             try:
                 async with asyncio.timeout_at(run.deadline) as until:
                     prepared = await self._prepare(prepare)
+                    if self._journal is not None and record is not None:
+                        await self._write_down(run, self._journal, record, prepared.state)
                     run.state = prepared.state
                     run.publish(prepared)
                     await self._enter()
@@ -430,6 +551,8 @@ class Runner:
             run.error, status = _verdict(run.state, run.failures)
         except ApiError as error:
             run.error, status = error, "refused" if error.status < 500 else "failed"
+        except Fenced as error:
+            self._give_up(run, error)
         except Exception:
             log.exception("run broke", run_id=run.id)
             headers = NO_RETRY if run.clocks else ()
@@ -437,6 +560,12 @@ class Runner:
             status = "failed"
         finally:
             self._report(run, status, clock() - start)
+            self._close(run, status)
+
+    async def _write_down(self, run: Run, journal: Journal, record: NewRun, state: State) -> None:
+        """From here on the run outlives this server."""
+        record = replace(record, priority=state.started.priority)
+        run.book = await journal.open(record, [state.started], *_ends(run))
 
     def _forget(self, run: Run) -> None:
         """Let go of a run whose task has ended, even if it was cancelled before its first step."""
@@ -491,7 +620,14 @@ class Runner:
             ) as events:
                 try:
                     async for item in events:
-                        self._take(run, events.state, item, clock())
+                        if isinstance(item, RolloutDelta):
+                            run.publish(item)
+                            continue
+                        batch = [(item, events.state), *events.rest()]
+                        if run.book is not None:
+                            await run.book.write([event for event, _ in batch])
+                        for event, state in batch:
+                            self._take(run, state, event, clock())
                     return
                 except EngineDead as error:
                     reason = str(error)
@@ -507,16 +643,16 @@ class Runner:
                     if deaths > _MOST_DEATHS:
                         raise EngineUnavailable(reason)
                     await asyncio.sleep(_FIRST_PAUSE_S * 2**deaths)
-                    await self.host.wait_up(self._engine_wait_s)
+                    await self.host.wait_up(None if run.adopted else self._engine_wait_s)
             except EngineUnavailable as error:
                 spent = run.state.usage.completion_tokens + run.state.charged_tokens + lost_tokens
                 raise (error.unretried() if spent else error) from None
             except TimeoutError:
                 if not until.expired():
                     raise
-                self._end_at_deadline(run, lost_tokens, clock())
+                await self._end_at_deadline(run, lost_tokens, clock())
 
-    def _end_at_deadline(self, run: Run, lost_tokens: int, now: float) -> None:
+    async def _end_at_deadline(self, run: Run, lost_tokens: int, now: float) -> None:
         """Fold the deadline into the state of a run without an engine: what follows is decided from the state alone.
 
         The deadline comes before the loss of what was in flight, so that readers see why it is not begun anew.
@@ -525,14 +661,13 @@ class Runner:
         facts: list[Event] = [] if run.state.stopping is Stopped.DEADLINE else [DeadlineReached()]
         if run.state.running:
             facts.append(RunResumed(tuple(sorted(run.state.running)), lost_tokens))
+        if run.book is not None:
+            await run.book.write(facts)
         for fact in facts:
             self._take(run, apply(run.state, fact), fact, now)
 
-    def _take(self, run: Run, state: State, item: Event | RolloutDelta, now: float) -> None:
+    def _take(self, run: Run, state: State, item: Event, now: float) -> None:
         run.state = state
-        if isinstance(item, RolloutDelta):
-            run.publish(item)
-            return
         match item:
             case RolloutFinished(rollout) | RolloutAborted(rollout):
                 self._metrics.count_rollout(rollout.finish.value, rollout.usage)
@@ -576,6 +711,11 @@ class Runner:
             completion_tokens=usage.completion_tokens,
             code=run.error.code if run.error else None,
         )
+
+
+def _ends(run: Run) -> tuple[Callable[[], None], Callable[[], None]]:
+    """How the store ends a run: by giving it to another server, and because somebody asked for it."""
+    return lambda: run.cancel(TakenOver()), lambda: run.cancel(RunCancelled())
 
 
 def round_off(seconds: float) -> float:

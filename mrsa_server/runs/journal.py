@@ -1,0 +1,132 @@
+"""What the runs of this server do, written down before anybody acts on it, and the leases on them.
+
+Each run has a `Book`, and one writer. While the store is away a run stands still at the event that it cannot write, its
+rollouts in flight go on, and the write is repeated until it is taken. A run that another server has taken over
+meanwhile is let go without a word (`Fenced`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import structlog
+
+from harness.events import Event
+from mrsa_server.runs.record import NewRun
+from mrsa_server.runs.store_errors import Fenced, StoreUnavailable
+
+if TYPE_CHECKING:  # a server without a store loads no database
+    from mrsa_server.runs.store import Claim, Ended, RunStore
+
+_FIRST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 2.0
+_RENEWALS = 3  # in the time of a lease, so that one that is missed loses nothing
+T = TypeVar("T")
+
+log = structlog.get_logger("mrsa.store")
+
+
+class Book:
+    """One run's log, as its owner writes it.
+
+    Attributes:
+        claim: The right to write.
+        lost: Called once another server has the run.
+        cancelled: Called once somebody wants it ended.
+    """
+
+    def __init__(self, journal: Journal, claim: Claim, lost: Callable[[], None], cancelled: Callable[[], None]) -> None:
+        self.claim = claim
+        self.lost = lost
+        self.cancelled = cancelled
+        self._journal = journal
+        self._last = claim.last
+
+    async def write(self, events: Sequence[Event]) -> None:
+        """Return when the events are on the disk.
+
+        Raises:
+            Fenced: The run is another server's by now.
+        """
+        store = self._journal.store
+        self._last = await patiently(lambda: store.append(self.claim, events, after=self._last))
+
+    async def close(self, status: Ended, error: bytes | None = None) -> None:
+        """The run has ended; what another server makes of it is that one's."""
+        store = self._journal.store
+        try:
+            await patiently(lambda: store.finish(self.claim, status, error=error))
+        except Fenced as fenced:
+            log.warning("run was taken over", run_id=self.claim.run_id, reason=str(fenced))
+        finally:
+            self._journal.forget(self)
+
+    async def release(self) -> None:
+        """Let whoever comes first go on with the run; its lease ends by itself where the store is away."""
+        self._journal.forget(self)
+        try:
+            await self._journal.store.release(self.claim)
+        except StoreUnavailable as error:
+            log.warning("run was not released", run_id=self.claim.run_id, reason=str(error))
+
+
+class Journal:
+    """The books of this server's runs.
+
+    Args:
+        store: Where they are.
+    """
+
+    def __init__(self, store: RunStore) -> None:
+        self.store = store
+        self._books: dict[Claim, Book] = {}
+
+    async def open(
+        self, record: NewRun, events: Sequence[Event], lost: Callable[[], None], cancelled: Callable[[], None]
+    ) -> Book:
+        """Store a new run with its first events.
+
+        Raises:
+            KeyTaken, RunExists: As the store.
+        """
+        claim = await patiently(lambda: self.store.create(record, events))
+        return self.take(claim, lost, cancelled)
+
+    def take(self, claim: Claim, lost: Callable[[], None], cancelled: Callable[[], None]) -> Book:
+        """Go on with a run that was claimed."""
+        book = self._books[claim] = Book(self, claim, lost, cancelled)
+        return book
+
+    def forget(self, book: Book) -> None:
+        """Its lease is nobody's concern any more."""
+        self._books.pop(book.claim, None)
+
+    async def keep(self) -> None:
+        """Prolong the leases for as long as the server lives, and hear who is to be ended."""
+        while True:
+            await asyncio.sleep(self.store.lease_s / _RENEWALS)
+            try:
+                renewed = await self.store.renew(list(self._books))
+            except StoreUnavailable as error:
+                log.warning("leases were not renewed", reason=str(error), runs=len(self._books))
+                continue
+            for claim in renewed.lost:
+                if (book := self._books.pop(claim, None)) is not None:
+                    book.lost()
+            for claim in renewed.cancelled:
+                if (book := self._books.get(claim)) is not None:
+                    book.cancelled()
+
+
+async def patiently(write: Callable[[], Awaitable[T]]) -> T:
+    """Repeat a write until the store takes it."""
+    pause = _FIRST_PAUSE_S
+    while True:
+        try:
+            return await write()
+        except StoreUnavailable as error:
+            log.warning("write waits for the store", reason=str(error), retry_s=pause)
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE_S)

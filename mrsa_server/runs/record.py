@@ -1,0 +1,42 @@
+"""What is stored of a request. Apart from the store, so that a server without one loads no database."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+RunKind = Literal["chat.completion", "response"]
+
+
+@dataclass(frozen=True, slots=True)
+class NewRun:
+    """A run to be stored.
+
+    Attributes:
+        run_id: Its name.
+        kind: What was asked for, and so what its result is.
+        body: The request as it came.
+        model: As the request names it.
+        effort: As it was worked out; None where there is none.
+        priority: That of its events, for those who take it up before it has any.
+        background: Whether it goes on when its reader leaves.
+        created_at: Unix seconds.
+        deadline_at: When it has to have ended, Unix seconds.
+        idempotency_key: The client's, no two runs have the same.
+        body_digest: Tells whether a request with the same key is the same request.
+        metadata: The client's.
+    """
+
+    run_id: str
+    kind: RunKind
+    body: bytes = field(repr=False)
+    model: str
+    effort: str | None = None
+    priority: int = 0
+    background: bool = False
+    created_at: float = 0.0
+    deadline_at: float | None = None
+    idempotency_key: str | None = None
+    body_digest: bytes = field(default=b"", repr=False)
+    metadata: Mapping[str, str] = field(default_factory=dict)
