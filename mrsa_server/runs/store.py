@@ -5,20 +5,21 @@ was given up for dead writes nothing more. A run whose lease is over is anybody'
 fold over its events. Waking is best effort (`bells`, LISTEN/NOTIFY); the tables are the truth.
 
 A write that met `StoreUnavailable` may have arrived. It may be repeated as it was: `create` and `finish` by themselves,
-`append` with `after`.
+`append` with `after`. One that is cancelled goes on by itself to its end, for which `aclose` waits.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, cast
+from functools import wraps
+from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar, cast
 
 import structlog
-from sqlalchemy import ColumnElement, Row, and_, delete, insert, null, or_, select, text, update
+from sqlalchemy import ColumnElement, Executable, Row, and_, delete, insert, null, or_, select, text, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -42,6 +43,8 @@ _RECONNECT_S = 1.0
 _BATCH = 500  # runs in one statement
 
 log = structlog.get_logger("mrsa.store")
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 _runs = tables.runs.c
 _UNFINISHED = _runs.ended_at.is_(None)
 
@@ -153,6 +156,25 @@ class Stored:
     event: Event
 
 
+def _whole(
+    method: Callable[Concatenate[RunStore, _P], Coroutine[Any, Any, _T]],
+) -> Callable[Concatenate[RunStore, _P], Coroutine[Any, Any, _T]]:
+    """Let a transaction go on to its end when the one who waits for it is cancelled.
+
+    A driver that is cancelled may give up its connection as it is: with SQLite, in the middle of a transaction, whose
+    lock kept every writer out until the garbage was collected.
+    """
+
+    @wraps(method)
+    async def run(store: RunStore, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        task = asyncio.create_task(method(store, *args, **kwargs))
+        store._running.add(task)
+        task.add_done_callback(store._running.discard)
+        return await asyncio.shield(task)
+
+    return run
+
+
 class RunStore:
     """One owner's way to the stored runs.
 
@@ -174,12 +196,14 @@ class RunStore:
         self._database = Database(url, wait_s)
         self._bells = Bells(self._look, _POLL_S)
         self._listener: asyncio.Task[None] | None = None
+        self._running: set[asyncio.Task[Any]] = set()  # transactions
 
     @property
     def name(self) -> str:
         """Where the runs are, without the password."""
         return self._database.name
 
+    @_whole
     async def open(self) -> None:
         """Find the database and its tables; a SQLite file is made and brought up to date.
 
@@ -197,10 +221,13 @@ class RunStore:
         if self._listener is not None:
             self._listener.cancel()
             await asyncio.wait((self._listener,))
+        if self._running:
+            await asyncio.wait(self._running)
         await self._database.aclose()
 
     # Writing: an owner's side.
 
+    @_whole
     async def create(self, record: NewRun, events: Sequence[Event] = ()) -> Claim:
         """Store a new run and claim it. Without events it is `queued`, until it gets some.
 
@@ -316,6 +343,7 @@ class RunStore:
             values["idempotency_key"] = null()
         return await self._write(claim, events, after, values)
 
+    @_whole
     async def renew(self, claims: Collection[Claim]) -> Renewed:
         """Begin leases anew.
 
@@ -339,6 +367,7 @@ class RunStore:
             tuple(claim for claim in claims if claim in good and held[claim.run_id][1]),
         )
 
+    @_whole
     async def release(self, claim: Claim) -> None:
         """Give an unfinished run back: its lease ends now, and whoever comes first goes on with it.
 
@@ -353,6 +382,7 @@ class RunStore:
                 .values(owner=None, lease_until=0.0, fence=_runs.fence + 1)
             )
 
+    @_whole
     async def claim_lost(self, limit: int) -> list[Claim]:
         """Take unfinished runs whose lease is over, the oldest first.
 
@@ -385,6 +415,7 @@ class RunStore:
 
     # Writing: anybody's side.
 
+    @_whole
     async def request_cancel(self, run_id: str) -> bool:
         """Ask the owner of a run to end it, wherever it is: `renew` tells. Its idempotency key is free at once.
 
@@ -402,6 +433,7 @@ class RunStore:
             )
             return bool(found.rowcount)
 
+    @_whole
     async def delete(self, run_id: str) -> bool:
         """Forget a run with its events and traces; an owner that still works on it is fenced.
 
@@ -434,21 +466,16 @@ class RunStore:
         runs = traces = keys = 0
         if runs_older_than_s is not None:
             while batch := await self._ended_before(runs_older_than_s):
-                async with self._database.writing() as connection:
-                    await connection.execute(delete(tables.runs).where(_runs.run_id.in_(batch)))
+                await self._execute(delete(tables.runs).where(_runs.run_id.in_(batch)))
                 runs += len(batch)
         if traces_older_than_s is not None:
             has_traces = select(tables.traces.c.run_id).where(tables.traces.c.run_id == _runs.run_id).exists()
             while batch := await self._ended_before(traces_older_than_s, has_traces):
-                async with self._database.writing() as connection:
-                    await connection.execute(delete(tables.traces).where(tables.traces.c.run_id.in_(batch)))
+                await self._execute(delete(tables.traces).where(tables.traces.c.run_id.in_(batch)))
                 traces += len(batch)
         if keys_older_than_s is not None:
             while batch := await self._ended_before(keys_older_than_s, _runs.idempotency_key.is_not(None)):
-                async with self._database.writing() as connection:
-                    await connection.execute(
-                        update(tables.runs).where(_runs.run_id.in_(batch)).values(idempotency_key=null())
-                    )
+                await self._execute(update(tables.runs).where(_runs.run_id.in_(batch)).values(idempotency_key=null()))
                 keys += len(batch)
         return Pruned(runs, traces, keys)
 
@@ -470,6 +497,7 @@ class RunStore:
         """
         return await self._one(_runs.idempotency_key == idempotency_key)
 
+    @_whole
     async def list_runs(
         self, which: RunFilter | None = None, *, before: Cursor | None = None, limit: int = 50
     ) -> list[RunSummary]:
@@ -502,6 +530,7 @@ class RunStore:
         async with self._database.reading() as connection:
             return [RunSummary(**_summary(row)) for row in await connection.execute(query.limit(limit))]
 
+    @_whole
     async def events(self, run_id: str, after: int = 0, limit: int | None = None) -> list[Stored]:
         """The log of a run beyond a number, all of it by default.
 
@@ -520,6 +549,7 @@ class RunStore:
             rows = (await connection.execute(query)).all()
         return [Stored(row.number, row.at, codec.decode(row.kind, row.body)) for row in rows]
 
+    @_whole
     async def trace(self, run_id: str, slot: Slot) -> Trace | None:
         """The trace of a rollout; None where there is none, or none any more.
 
@@ -534,6 +564,7 @@ class RunStore:
             body = (await connection.execute(query)).scalar()
         return None if body is None else codec.decode_trace(body)
 
+    @_whole
     async def traces(self, run_id: str, round: int | None = None) -> dict[Slot, Trace]:
         """The traces of a run, or of one of its rounds.
 
@@ -572,6 +603,7 @@ class RunStore:
     def _held(self, claim: Claim) -> ColumnElement[bool]:
         return and_(_UNFINISHED, _runs.owner == self.owner, _runs.fence == claim.fence)
 
+    @_whole
     async def _write(
         self, claim: Claim, events: Sequence[Event], after: int | None, values: Mapping[str, object]
     ) -> int:
@@ -611,6 +643,11 @@ class RunStore:
                 raise ValueError(f"the log of {claim.run_id} ends at {row.events}, not at {after}")
         raise Fenced(claim.run_id, claim.fence, row.fence, row.status)
 
+    @_whole
+    async def _execute(self, statement: Executable) -> None:
+        async with self._database.writing() as connection:
+            await connection.execute(statement)
+
     async def _insert(self, connection: AsyncConnection, run_id: str, after: int, at: float, rows: _Rows) -> None:
         if rows.events:
             await connection.execute(
@@ -647,6 +684,7 @@ class RunStore:
             log.warning("no notifications", store=self.name)
             await asyncio.sleep(_RECONNECT_S)
 
+    @_whole
     async def _look(self, run_ids: Collection[str]) -> Mapping[str, Progress]:
         found: dict[str, Progress] = {}
         for batch in _batches(list(run_ids)):
@@ -656,6 +694,7 @@ class RunStore:
             found |= {row.run_id: Progress(row.events, row.ended_at is not None) for row in rows}
         return found
 
+    @_whole
     async def _one(self, which: ColumnElement[bool]) -> StoredRun | None:
         names = (*_SUMMARY, "body", "body_digest", "result", "error")
         async with self._database.reading() as connection:
@@ -670,12 +709,14 @@ class RunStore:
             error=None if row.error is None else codec.inflate(row.error),
         )
 
+    @_whole
     async def _is_ours(self, run_id: str) -> bool:
         """Whether a run was made by a write of this store that we thought lost."""
         query = select(_runs.run_id).where(_runs.run_id == run_id, _runs.owner == self.owner, _runs.fence == 1)
         async with self._database.reading() as connection:
             return (await connection.execute(query)).first() is not None
 
+    @_whole
     async def _ended_before(self, seconds: float, *which: ColumnElement[bool]) -> list[str]:
         query = select(_runs.run_id).where(_runs.ended_at < self._database.now - seconds, *which).limit(_BATCH)
         async with self._database.reading() as connection:

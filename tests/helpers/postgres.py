@@ -24,12 +24,13 @@ def find_binaries() -> Path | None:
 
 
 class Postgres:
-    """A server on a Unix socket, in a folder of its own; a crash of the machine would lose it, and may."""
+    """A server on a Unix socket, in a folder of its own; if not `durable`, a crash of the machine may lose it."""
 
-    def __init__(self, binaries: Path, folder: Path, user: str | None) -> None:
+    def __init__(self, binaries: Path, folder: Path, user: str | None, durable: bool) -> None:
         self._binaries = binaries
         self._folder = folder
         self._user = user
+        self._durable = durable
         self._made = 0
 
     def url(self, database: str) -> str:
@@ -39,7 +40,9 @@ class Postgres:
         self._call("initdb", "--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C", "--no-sync")
 
     def start(self) -> None:
-        options = f"-k {self._folder} -c listen_addresses= -c fsync=off -c full_page_writes=off -c max_connections=200"
+        options = f"-k {self._folder} -c listen_addresses= -c max_connections=200"
+        if not self._durable:
+            options += " -c fsync=off -c full_page_writes=off"
         self._call("pg_ctl", "--wait", f"--log={self._folder}/log", f"--options={options}", "start")
 
     def stop(self, mode: str = "immediate") -> None:
@@ -69,19 +72,19 @@ class Postgres:
 
 
 @contextmanager
-def running() -> Iterator[Postgres | None]:
+def running(within: Path | None = None, durable: bool = False) -> Iterator[Postgres | None]:
     """A server for the block; None where there is no PostgreSQL. As root it runs as somebody else: it refuses root."""
     binaries = find_binaries()
     if binaries is None:
         yield None
         return
     user = None
-    with tempfile.TemporaryDirectory(prefix="mrsa-pg-", ignore_cleanup_errors=True) as name:
+    with tempfile.TemporaryDirectory(prefix="mrsa-pg-", dir=within, ignore_cleanup_errors=True) as name:
         if os.geteuid() == 0:
             names = {entry.pw_name for entry in pwd.getpwall()}
             user = "postgres" if "postgres" in names else "nobody"
             shutil.chown(name, user)
-        server = Postgres(binaries, Path(name), user)
+        server = Postgres(binaries, Path(name), user, durable)
         server.init()
         server.start()
         try:
