@@ -1,0 +1,213 @@
+"""Runs that outlive their server: two replicas on one store, in one process."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import httpx
+import pytest
+
+from harness.events import (
+    Event,
+    RolloutAborted,
+    RolloutFailed,
+    RolloutFinished,
+    RolloutStarted,
+    RunFinished,
+    RunResumed,
+)
+from harness.markovian_rsa import State, replay
+from harness.prompts import load_templates
+from harness.scripted import Script, ScriptedEngine, Speed
+from harness.types import Slot
+from mrsa_server.runs.database import Database
+from mrsa_server.runs.store import RunStore, RunSummary
+from tests.helpers.serving import CHAT, ask, in_memory
+
+SIZES = {"population": 4, "rounds": 2, "set_size": 2, "tail_tokens": 32, "rollout_tokens": 300, "final_tokens": 300}
+TEMPLATES = load_templates()
+LEASE_S = 0.4
+
+
+@asynccontextmanager
+async def replica(engine: ScriptedEngine, url: str, **settings: object) -> AsyncIterator[httpx.AsyncClient]:
+    async with in_memory(engine, database_url=url, lease_s=LEASE_S, **settings) as client:
+        yield client
+
+
+@pytest.fixture
+async def store(store_url: str) -> AsyncIterator[RunStore]:
+    """The test's own view of it."""
+    database = Database(store_url)
+    await database.upgrade()
+    await database.aclose()
+    found = RunStore(store_url, owner="test", lease_s=LEASE_S)
+    await found.open()
+    yield found
+    await found.aclose()
+
+
+def slow(step_s: float = 0.002) -> ScriptedEngine:
+    return ScriptedEngine(
+        lambda request: Script("x" * (60 + 40 * (request.slot.index % 3)), "\\boxed{42}"),
+        speed=Speed(step_s=step_s),
+        chunk_tokens=10,
+    )
+
+
+async def log_of(store: RunStore, run_id: str) -> list[Event]:
+    found = await store.events(run_id)
+    assert [stored.number for stored in found] == list(range(1, len(found) + 1)), "no gap and no double"
+    return [stored.event for stored in found]
+
+
+def check_log(events: Sequence[Event]) -> State:
+    """Nothing that had ended is asked for again, and all that was asked for has ended or was lost."""
+    ended, running = Counter[Slot](), set[Slot]()
+    for event in events:
+        match event:
+            case RolloutStarted(slot):
+                assert not ended[slot]
+                assert slot not in running
+                running.add(slot)
+            case RolloutFinished(rollout) | RolloutAborted(rollout):
+                ended[rollout.slot] += 1
+                running.remove(rollout.slot)
+            case RolloutFailed(slot):
+                ended[slot] += 1
+                running.remove(slot)
+            case RunResumed(slots):
+                assert running == set(slots)
+                running.clear()
+    assert not running
+    assert set(ended.values()) <= {1}
+    state = replay(events, TEMPLATES)
+    assert state.outcome is not None
+    return state
+
+
+async def until_ended(store: RunStore, run_id: str, timeout_s: float = 20) -> RunSummary:
+    async with asyncio.timeout(timeout_s):
+        while True:
+            run = await store.get(run_id)
+            if run is not None and run.ended_at is not None:
+                return run
+            await asyncio.sleep(0.05)
+
+
+async def only_run(store: RunStore, events: int = 1) -> str:
+    """The id of the one run, once its log has so many events."""
+    async with asyncio.timeout(10):
+        while True:
+            for run in await store.list_runs():
+                if run.last >= events:
+                    return run.run_id
+            await asyncio.sleep(0.01)
+
+
+async def test_a_run_is_written_down_and_its_log_gives_its_answer(store: RunStore, store_url: str) -> None:
+    async with replica(ScriptedEngine(), store_url) as client:
+        answer = (await client.post(CHAT, json=ask(mrsa=SIZES))).json()
+        run_id = answer["mrsa"]["run_id"]
+        run = await until_ended(store, run_id)
+    assert run.status == "finished"
+    assert run.kind == "chat.completion"
+    assert run.owner is None
+    state = check_log(await log_of(store, run_id))
+    assert isinstance(state.outcome, RunFinished)
+    assert state.rollouts[state.outcome.candidates[0]].answer == answer["choices"][0]["message"]["content"]
+    assert state.usage.completion_tokens == answer["usage"]["completion_tokens"]
+    traces = await store.traces(run_id)
+    assert traces.keys() == state.rollouts.keys()
+
+
+async def test_a_run_whose_client_leaves_is_cancelled_and_stays_so(store: RunStore, store_url: str) -> None:
+    async with replica(slow(0.01), store_url) as client:
+        asking = asyncio.create_task(client.post(CHAT, json=ask(mrsa=SIZES)))
+        run_id = await only_run(store, events=3)
+        client.app.state.runner._runs.copy().pop().cancel()  # type: ignore[attr-defined]  # as its last reader does
+        run = await until_ended(store, run_id)
+        asking.cancel()
+    assert run.status == "cancelled"
+    assert await store.claim_lost(9) == []
+
+
+async def test_a_server_that_leaves_hands_its_runs_on(store: RunStore, store_url: str) -> None:
+    async with replica(slow(0.005), store_url) as client:
+        asking = asyncio.create_task(client.post(CHAT, json=ask(mrsa={**SIZES, "seed": 3})))
+        run_id = await only_run(store, events=9)
+        await client.app.state.runner.drain(0)  # type: ignore[attr-defined]
+        response = await asking
+        assert response.status_code == 503
+    handed_on = await store.get(run_id)
+    assert handed_on is not None
+    assert handed_on.ended_at is None
+    assert handed_on.owner is None
+    before = await log_of(store, run_id)
+    async with replica(slow(), store_url):
+        run = await until_ended(store, run_id)
+    assert run.status == "finished"
+    after = await log_of(store, run_id)
+    assert after[: len(before)] == before
+    check_log(after)
+
+
+async def test_a_server_that_freezes_is_fenced_and_its_run_ends_once(store: RunStore, store_url: str) -> None:
+    async with replica(slow(0.01), store_url) as frozen:
+        asking = asyncio.create_task(frozen.post(CHAT, json=ask(mrsa={**SIZES, "seed": 3})))
+        run_id = await only_run(store, events=8)
+        (claim,) = frozen.app.state.runner._journal._books  # type: ignore[attr-defined]
+        async with store._database.writing() as connection:  # as if it had not renewed for the time of a lease
+            from mrsa_server.runs import tables
+
+            await connection.execute(tables.runs.update().values(lease_until=0.0))
+        began = time.monotonic()
+        (taken,) = await store.claim_lost(1)
+        assert taken.run_id == run_id
+        response = await asking
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "run_taken_over"
+        assert response.headers["x-should-retry"] == "false"
+        assert time.monotonic() - began < LEASE_S + 1
+        assert claim.fence < taken.fence
+        await store.release(taken)
+        run = await until_ended(store, run_id)  # the same server may have it back
+    assert run.status == "finished"
+    check_log(await log_of(store, run_id))
+
+
+async def test_a_run_is_cancelled_from_another_replica(store: RunStore, store_url: str) -> None:
+    async with replica(slow(0.02), store_url) as client:
+        asking = asyncio.create_task(client.post(CHAT, json=ask(mrsa=SIZES)))
+        run_id = await only_run(store, events=3)
+        assert await store.request_cancel(run_id)
+        response = await asking
+        assert response.status_code == 409
+        assert response.json()["error"]["code"] == "run_cancelled"
+        run = await until_ended(store, run_id)
+    assert run.status == "cancelled"
+
+
+async def test_budgets_hold_over_a_takeover(store: RunStore, store_url: str) -> None:
+    budget = 2600
+    engines = [slow(0.004), slow(0.001)]
+    async with replica(engines[0], store_url) as client:
+        asking = asyncio.create_task(client.post(CHAT, json=ask(mrsa={**SIZES, "budget_tokens": budget})))
+        run_id = await only_run(store, events=9)
+        await client.app.state.runner.drain(0)  # type: ignore[attr-defined]
+        await asking
+    async with replica(engines[1], store_url):
+        await until_ended(store, run_id)
+    state = replay(await log_of(store, run_id), TEMPLATES)
+    assert state.outcome is not None
+    assert state.usage.completion_tokens + state.charged_tokens <= budget
+
+
+async def test_without_a_store_nothing_is_written(tmp_path: object) -> None:
+    async with in_memory(ScriptedEngine()) as client:
+        assert client.app.state.runner._journal is None  # type: ignore[attr-defined]
+        assert (await client.post(CHAT, json=ask(mrsa=SIZES))).status_code == 200
