@@ -19,9 +19,10 @@ from mrsa_server.api.completion import (
     started,
     usage_of,
 )
+from mrsa_server.api.errors import ApiError
 from mrsa_server.api.live import LiveAnswer
 from mrsa_server.api.progress import tail_text, told
-from mrsa_server.api.sse import DONE, frame
+from mrsa_server.api.sse import DONE, error_frame, frame
 from mrsa_server.api.tools import Reading
 from mrsa_server.runs.runner import Item, Prepared, Run
 
@@ -100,6 +101,10 @@ class ChatChunks:
             slots = tuple(choice.slot for choice in choices)
             yield frame({**self._head, "choices": [], "usage": usage_of(state, slots)})
         yield DONE
+
+    def fail(self, error: ApiError) -> bytes:
+        """The frame after an error."""
+        return error_frame(error)
 
     def _delta(self, item: RolloutDelta) -> Iterator[bytes]:
         params = self._params

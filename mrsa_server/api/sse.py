@@ -79,9 +79,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, frames: Callable[[], AsyncGenerator[bytes, None]], last: Callable[[ApiError], bytes] = error_frame
-    ) -> None:
+    def __init__(self, frames: Callable[[], AsyncGenerator[bytes, None]], last: Callable[[ApiError], bytes]) -> None:
         # `x-accel-buffering`: nginx would hold the frames back.
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]

@@ -250,6 +250,12 @@ class MrsaIn(Wire):
     stream: Literal["final", "rounds", "rollouts"] | None = None
 
 
+MrsaSwitch = Annotated[
+    Annotated[bool, Tag("switch")] | Annotated[MrsaIn, Tag("object")],
+    Discriminator(lambda value: "switch" if isinstance(value, bool) else "object"),
+]
+
+
 class ChatBody(Wire):
     """A body of `POST /v1/chat/completions`, after `translate`."""
 
@@ -275,13 +281,7 @@ class ChatBody(Wire):
     response_format: Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")] | None = None
     reasoning_effort: EffortName | None = None
     reasoning: Reasoning | None = None
-    mrsa: (
-        Annotated[
-            Annotated[bool, Tag("switch")] | Annotated[MrsaIn, Tag("object")],
-            Discriminator(lambda value: "switch" if isinstance(value, bool) else "object"),
-        ]
-        | None
-    ) = None
+    mrsa: MrsaSwitch | None = None
     # Known, and without influence on the answer.
     user: Short | None = None
     metadata: Annotated[dict[str, Any], Field(max_length=64)] | None = None
