@@ -100,10 +100,11 @@ class ResponseEvents:
             return
         if isinstance(item, RunResumed) and self._live.over:  # nothing is asked for again
             return
-        if self._form.own_events and (event := told(item)) is not None:
-            if isinstance(item, RolloutDelta):
-                event["text"] = item.text
-            yield from self._own(event)
+        if (event := told(item)) is not None:
+            if not isinstance(item, RolloutDelta):
+                yield from self._own(event)
+            elif self._form.own_deltas:
+                yield from self._own({**event, "text": item.text})
         if self._late:
             return
         match item:
@@ -329,7 +330,7 @@ class ResponseEvents:
                 if slot.round == round and not self._last(round) and rollout.tail and self._form.summary == "detailed":
                     yield from self._say(round, tail_text(rollout))
             yield from self._end_round(round, self._figures_now(round))
-        if thinking and self._shows_thinking:
+        if thinking and self._shows_thinking and self._answering(state.params.rounds):
             yield from self._open_round(state.params.rounds)
             yield from self._say(state.params.rounds, thinking)
 

@@ -185,12 +185,17 @@ _ITEMS = ("message", "function_call", "function_call_output", "reasoning")
 
 
 def _item_type(value: object) -> str:
-    kind = value.get("type", "message") if isinstance(value, dict) else "message"
+    kind = value.get("type") if isinstance(value, dict) else None
+    return kind if kind in _ITEMS else "message"
+
+
+def _known_item(value: object) -> object:
+    kind = value.get("type") if isinstance(value, dict) else None
     if isinstance(kind, str) and kind not in _ITEMS:
         raise PydanticCustomError(
             "unsupported_content", "an item of type {kind} cannot be read by this server", {"kind": repr(kind[:64])}
         )
-    return kind if isinstance(kind, str) else "message"
+    return value
 
 
 _Item = Annotated[
@@ -199,6 +204,7 @@ _Item = Annotated[
     | Annotated[CallOutputItem, Tag("function_call_output")]
     | Annotated[ReasoningItem, Tag("reasoning")],
     Discriminator(_item_type),
+    BeforeValidator(_known_item),
 ]
 _Input = Annotated[
     Annotated[Text, Tag("one")] | Annotated[list[_Item], Tag("many"), Field(min_length=1, max_length=4096)],
@@ -327,11 +333,13 @@ class ResponseForm:
         echo: Fields of the response, as the request set them.
         summary: How much the reasoning item shows; None where nothing was asked for.
         own_events: Whether the stream holds events of ours too.
+        own_deltas: Whether all that rollouts write is among these.
     """
 
     echo: Mapping[str, object]
     summary: Summary | None
     own_events: bool
+    own_deltas: bool
 
 
 class Asking(NamedTuple):
@@ -551,8 +559,8 @@ def _form(body: ResponsesBody, chat: Chat) -> ResponseForm:
         "background": False,
         "previous_response_id": None,
     }
-    own_events = streamed == "rollouts" or OWN_EVENTS in (body.include or ())
-    return ResponseForm(echo, summary, own_events)
+    own_deltas = streamed == "rollouts"
+    return ResponseForm(echo, summary, own_deltas or OWN_EVENTS in (body.include or ()), own_deltas)
 
 
 def _plain(choice: str | ChosenFunction | AllowedTools) -> object:
