@@ -100,11 +100,11 @@ class ResponseEvents:
             return
         if isinstance(item, RunResumed) and self._live.over:  # nothing is asked for again
             return
-        if (event := told(item)) is not None:
-            if not isinstance(item, RolloutDelta):
-                yield from self._own(event)
-            elif self._form.own_deltas:
-                yield from self._own({**event, "text": item.text})
+        if isinstance(item, RolloutDelta):
+            if self._form.own_deltas:
+                yield from self._own({**(told(item) or {}), "text": item.text})
+        elif self._form.own_events and (event := told(item)) is not None:
+            yield from self._own(event)
         if self._late:
             return
         match item:

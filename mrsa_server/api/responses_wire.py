@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, Tag, ValidationError
+from pydantic import AliasChoices, BeforeValidator, Discriminator, Field, StringConstraints, Tag, ValidationError
 from pydantic_core import PydanticCustomError
 
 from mrsa_server.api.errors import BadRequest, renamed
@@ -142,7 +142,9 @@ class CallItem(Wire):
     status: _Status | None = None
     namespace: None = None
     caller: _Ignored | None = None
-    parsed_arguments: Any = None  # what `responses.parse` makes of them, and may send back
+    # What the official Python client adds, and its `model_dump` sends back.
+    parsed_arguments: Any = None
+    in_background: Annotated[bool | None, Field(validation_alias=AliasChoices("async", "async_"))] = None
 
 
 class CallOutputItem(Wire):
