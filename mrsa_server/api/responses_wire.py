@@ -193,6 +193,8 @@ def _item_type(value: object) -> str:
 
 def _known_item(value: object) -> object:
     kind = value.get("type") if isinstance(value, dict) else None
+    if kind == "item_reference":
+        raise PydanticCustomError("unsupported_content", "item_reference: no item is stored, send the item itself")
     if isinstance(kind, str) and kind not in _ITEMS:
         raise PydanticCustomError(
             "unsupported_content", "an item of type {kind} cannot be read by this server", {"kind": repr(kind[:64])}
