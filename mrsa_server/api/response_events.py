@@ -472,10 +472,10 @@ def _output_text(text: str) -> Fields:
 
 def _reason(state: State, choice: Choice) -> str:
     """Why an answer is not whole: what the run was stopped by, else its own limit."""
-    outcome = state.outcome
-    if isinstance(outcome, RunFinished) and outcome.stopped in (Stopped.DEADLINE, Stopped.BUDGET):
-        return outcome.stopped.value
-    finish = state.rollouts[choice.slot].finish
+    assert isinstance(state.outcome, RunFinished)  # anything else is an error
+    stopped, finish = state.outcome.stopped, state.rollouts[choice.slot].finish
+    if stopped is Stopped.BUDGET or (stopped is not None and finish is not Finish.LENGTH):
+        return stopped.value
     return "max_output_tokens" if finish is Finish.LENGTH else finish.value
 
 

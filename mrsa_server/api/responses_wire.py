@@ -14,6 +14,7 @@ from pydantic import AliasChoices, BeforeValidator, Discriminator, Field, String
 from pydantic_core import PydanticCustomError
 
 from mrsa_server.api.errors import BadRequest, renamed
+from mrsa_server.api.schemas import check_schema
 from mrsa_server.api.wire import (
     CalledFunction,
     CallIn,
@@ -384,13 +385,18 @@ def parse_response(raw: bytes, settings: Settings) -> Asking:
 
 
 def _check(body: ResponsesBody) -> None:
-    """Refuse what would need what is not there."""
+    """Refuse what would need what is not there, and what no response could repeat."""
     if body.background:
         raise _unsupported("background", "responses in the background are not served; stream, or wait for the answer")
     if body.previous_response_id is not None:
         raise _unsupported("previous_response_id", "responses are not stored; send the conversation in input")
     if "message.output_text.logprobs" in (body.include or ()):
         raise _unsupported("include", "an answer has no logprobs: it is one of many")
+    # What binds nothing is echoed all the same: a tool that is not allowed, a format beside a tool that must be called.
+    for index, tool in enumerate(body.tools or ()):
+        check_schema(tool.parameters or {}, f"tools.{index}.parameters")
+    if body.text and isinstance(body.text.format, SchemaFormatIn):
+        check_schema(body.text.format.schema_, "text.format.schema")
 
 
 def _unsupported(param: str, reason: str) -> BadRequest:

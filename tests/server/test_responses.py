@@ -324,7 +324,7 @@ async def test_the_answer_comes_piece_by_piece_with_one_candidate_alone() -> Non
     summary=st.sampled_from([None, "auto", "detailed"]),
     options=st.sampled_from([{}, {"quorum": 2}, {"start_small": 2}, {"stop_when_agreed": {"min_votes": 2}}]),
 )
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_whatever_happens_in_a_run_the_events_keep_their_order(
     lengths: list[int],
     rounds: int,
@@ -347,6 +347,9 @@ def test_whatever_happens_in_a_run_the_events_keep_their_order(
 
     found = asyncio.run(ask_it())
     check_order(found)
+    for part in summaries(found[-1]["response"]):
+        (own,) = re.findall(r"^\*\*Round (\d+)", part) or [str(rounds)]
+        assert all(int(round) <= int(own) for round in re.findall(r"\[round (\d+), rollout", part))
     if found[-1]["type"] != "response.failed":
         assert text_of(found[-1]["response"]).startswith("\\boxed")
 
@@ -484,6 +487,11 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
         "tools.1.parameters",
         "type must be",
     ),
+    (
+        {**schema({"a": json.loads('{"a":' * 300 + "1" + "}" * 300)}), "tools": [TOOL], "tool_choice": "required"},
+        "text.format.schema",
+        "deep",
+    ),
     (schema({"$ref": "https://example.com/s.json"}), "text.format.schema", "text.format.schema: $ref"),
     ({**schema({}), "tools": [TOOL]}, "text.format", "tool_choice"),
     ({"text": {"format": {"type": "grammar"}}}, "text.format", "json_schema"),
@@ -497,6 +505,44 @@ async def test_a_bad_field_is_named(fields: dict[str, Any], param: str, words: s
     assert error["status"] == (404 if "gpt-7" in fields.values() else 400), error
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
     assert words.lower() in error["message"].lower()
+
+
+LEAVES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 70),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.sampled_from(
+        ["", "x", "scripted", "message", "user", "input_text", "function_call", "reasoning", "json_schema"]
+    ),
+)
+NAMES = st.sampled_from(
+    "type role content text output call_id name arguments summary id status tools parameters tool_choice format schema "
+    "effort mode stream mrsa population rounds image_url detail annotations async caller".split()
+)
+VALUES = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=4), max_leaves=12
+)
+FIELDS = st.sampled_from(
+    "input instructions tools tool_choice text reasoning include mrsa metadata stream_options background".split()
+)
+
+
+@given(fields=st.dictionaries(FIELDS, VALUES, max_size=3), streamed=st.booleans())
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+def test_no_body_breaks_the_server(fields: dict[str, Any], streamed: bool) -> None:
+    async def ask_it() -> tuple[int, str]:
+        body = {"model": "scripted", "input": QUESTION, "stream": streamed, **fields}
+        async with in_memory(ScriptedEngine(mean_tokens=3)) as client:
+            response = await client.post(RESPONSES, json=body)
+            return response.status_code, response.text
+
+    status, text = asyncio.run(ask_it())
+    assert status in (200, 400), text
+    if status == 400:
+        assert json.loads(text)["error"]["param"], text
+    elif streamed:
+        check_order(typed(text))
 
 
 # Tools and forms.
