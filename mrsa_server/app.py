@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from harness.prompts import load_templates
 from mrsa_server import __version__
-from mrsa_server.api import chat, health, models
+from mrsa_server.api import chat, health, models, responses
 from mrsa_server.api.errors import NO_RETRY, ApiError, to_response
 from mrsa_server.api.idempotency import Keys
 from mrsa_server.descriptors import Places, current_limit, share_out
@@ -92,6 +92,7 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
         redirect_slashes=False,  # a redirect's target would be made of the client's own Host header
     )
     app.include_router(chat.router)
+    app.include_router(responses.router)
     app.include_router(models.router)
     app.include_router(health.router)
     app.add_exception_handler(ApiError, _api_error)

@@ -1,4 +1,4 @@
-"""`POST /v1/chat/completions`, streamed and not."""
+"""`POST /v1/chat/completions`, streamed and not, and how any route starts a run and answers with it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from math import ceil
+from typing import NamedTuple, Protocol
 
 import orjson
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from harness.engine import EngineError, Vocabulary
-from harness.markovian_rsa import init
+from harness.engine import Engine, EngineError, Vocabulary
+from harness.markovian_rsa import State, init
 from harness.prompts import Templates
 from harness.run import Watch
 from harness.types import InvalidParams, Problem
@@ -28,8 +29,8 @@ from mrsa_server.api.models import ModelNames
 from mrsa_server.api.sse import KEEP_ALIVE, ClientGone, EventStream, until_gone
 from mrsa_server.api.wire import Chat, parse_chat, to_problem, to_wishes
 from mrsa_server.engines.build import ServedEngine
-from mrsa_server.runs.record import NewRun
-from mrsa_server.runs.runner import Prepared, Run, Runner, Subscription
+from mrsa_server.runs.record import NewRun, RunKind
+from mrsa_server.runs.runner import Item, Prepared, Run, Runner, Subscription
 from mrsa_server.settings import Settings
 
 router = APIRouter()
@@ -52,28 +53,67 @@ class ChatService:
     keys: Keys
 
 
+class Writer(Protocol):
+    """Writes a run as a stream, item by item."""
+
+    def take(self, item: Item) -> Iterator[bytes]:
+        """The frames of an item."""
+        ...
+
+    def finish(self, state: State) -> Iterator[bytes]:
+        """The frames after the run's end."""
+        ...
+
+    def fail(self, error: ApiError) -> bytes:
+        """The frames after an error."""
+        ...
+
+
+class Route(NamedTuple):
+    """What tells a route that starts runs from the others: how it reads a body, and how it answers.
+
+    Attributes:
+        kind: What its responses are.
+        read: The request in a body, under a name; what it raises is for the client.
+        stream: A writer of a run; with `late` its beginning is not read.
+        whole: The body of a response that is not streamed.
+    """
+
+    kind: RunKind
+    read: Callable[[bytes, Settings, str], Reply]
+    stream: Callable[[Run, Reply, bool], Writer]
+    whole: Callable[[Run, State, Reply, Engine], Awaitable[dict[str, object]]]
+
+
 @router.post("/v1/chat/completions")
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation; `mrsa` in the body, or the model's name, says with how much work."""
+    return await answer(request, _CHAT)
+
+
+async def answer(request: Request, route: Route) -> Response:
+    """Start the run that a request asks for, and answer with it."""
     service: ChatService = request.app.state.chat
     settings = service.settings
     try:
         key = read_key(request.headers.get("idempotency-key"))
         raw = await read_body(request, settings.max_body_bytes, settings.body_timeout_s)
-        found = service.keys.find(key, raw)
+        asking = request.url.path.encode() + b"\0" + raw  # what is valid on one route says nothing on another
+        found = service.keys.find(key, asking)
         if isinstance(found, Kept):
             return _replayed(found)
-        asked = found or _submit(service, raw)
+        asked = found or _submit(service, route, raw)
         if found is None and key is not None:
-            service.keys.put(key, raw, asked, lambda: _whole(service, asked))
+            service.keys.put(key, asking, asked, lambda: _whole(service, route, asked))
         run, reply = asked
         if reply.chat.body.stream:
             late = run.state is not None
             subscription = run.subscribe()  # before the run's first step, so that nothing of it is missed
-            return EventStream(lambda: _frames(run, subscription, ChatChunks(run, reply, late), settings.keep_alive_s))
+            writer = route.stream(run, reply, late)
+            return EventStream(lambda: _frames(run, subscription, writer, settings.keep_alive_s), writer.fail)
         async with until_gone(request.receive):
             await run.finished()
-            body = await _whole(service, asked)
+            body = await _whole(service, route, asked)
         return Response(body, media_type="application/json")
     except InvalidParams as error:
         raise of_params(error) from None
@@ -81,7 +121,7 @@ async def chat_completions(request: Request) -> Response:
         return Response(status_code=499)  # nobody reads it
 
 
-def _submit(service: ChatService, raw: bytes) -> Asked:
+def _submit(service: ChatService, route: Route, raw: bytes) -> Asked:
     """Check a body as far as that needs no engine, and let its run in.
 
     Raises:
@@ -89,14 +129,15 @@ def _submit(service: ChatService, raw: bytes) -> Asked:
         InvalidParams: Likewise.
     """
     settings = service.settings
-    chat = parse_chat(raw, settings)
+    name = uuid.uuid4().hex
+    reply = route.read(raw, settings, name)
+    chat = reply.chat
     wishes = to_wishes(chat, service.models.runs_method(chat.model), settings.usual_effort)
     try:
         check_limits(wishes, settings)
     except BadRequest as error:
         raise renamed(error, chat.names) from None
-    name = uuid.uuid4().hex
-    reply = Reply(chat, f"chatcmpl-{name}", int(time.time()), effort=wishes.effort)
+    reply.effort = wishes.effort
 
     async def prepare(engine: ServedEngine) -> Prepared:
         try:
@@ -106,7 +147,7 @@ def _submit(service: ChatService, raw: bytes) -> Asked:
 
     record = NewRun(
         run_id=f"run_{name}",
-        kind="chat.completion",
+        kind=route.kind,
         body=raw,
         model=chat.model,
         effort=wishes.effort.value,
@@ -116,14 +157,21 @@ def _submit(service: ChatService, raw: bytes) -> Asked:
     return Asked(service.runner.submit(f"run_{name}", prepare, wishes.deadline_s, record), reply)
 
 
-async def _whole(service: ChatService, asked: Asked) -> bytes:
+def _read(raw: bytes, settings: Settings, name: str) -> Reply:
+    return Reply(parse_chat(raw, settings), f"chatcmpl-{name}", int(time.time()))
+
+
+_CHAT = Route("chat.completion", _read, ChatChunks, completion)
+
+
+async def _whole(service: ChatService, route: Route, asked: Asked) -> bytes:
     """The whole response of a run that has ended with an answer."""
     run, reply = asked
     assert run.state is not None  # it has ended without an error
     if not reply.chat.body.stream:
-        return orjson.dumps(await completion(run, run.state, reply, service.runner.host.engine))
-    chunks = ChatChunks(run, reply, late=True)
-    return b"".join((*chunks.take(Prepared(run.state, Watch.NONE)), *chunks.finish(run.state)))
+        return orjson.dumps(await route.whole(run, run.state, reply, service.runner.host.engine))
+    writer = route.stream(run, reply, True)
+    return b"".join((*writer.take(Prepared(run.state, Watch.NONE)), *writer.finish(run.state)))
 
 
 def _replayed(kept: Kept) -> Response:
@@ -190,7 +238,7 @@ def _ratio(vocabulary: Vocabulary) -> float:
 
 
 async def _frames(
-    run: Run, subscription: Subscription, chunks: ChatChunks, keep_alive_s: float
+    run: Run, subscription: Subscription, writer: Writer, keep_alive_s: float
 ) -> AsyncGenerator[bytes, None]:
     """The stream of a run; closing it leaves the run."""
     silence_s = min(_FIRST_BYTES_S, keep_alive_s)
@@ -203,13 +251,31 @@ async def _frames(
             else:
                 if not items:
                     break
-                if part := b"".join(part for item in items for part in chunks.take(item)):
-                    yield part
+                frames, error = _write(part for item in items for part in writer.take(item))
+                if frames:
+                    yield frames
+                if error is not None:
+                    raise error
             silence_s = keep_alive_s
         assert run.state is not None  # it has ended without an error
-        yield b"".join(chunks.finish(run.state))
+        frames, error = _write(writer.finish(run.state))
+        if frames:
+            yield frames
+        if error is not None:
+            raise error
     finally:
         run.leave(subscription)
+
+
+def _write(parts: Iterator[bytes]) -> tuple[bytes, Exception | None]:
+    """Frames, and what broke after them: a writer counts on all that it has handed out being sent."""
+    written: list[bytes] = []
+    try:
+        for part in parts:
+            written.append(part)
+    except Exception as error:
+        return b"".join(written), error
+    return b"".join(written), None
 
 
 async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes:

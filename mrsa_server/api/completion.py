@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from harness.events import RunFinished
 from harness.markovian_rsa import State
 from harness.savings import savings
 from harness.types import Finish, Rollout, Slot, Usage
+from mrsa_server.api.responses_wire import ResponseForm
 from mrsa_server.api.tools import Call, Reading, read_forced, read_free
 from mrsa_server.api.wire import Chat, echo
 from mrsa_server.runs.runner import Run
@@ -39,6 +41,7 @@ class Reply:
         warnings: What was not taken literally.
         exact: Whether tails are cut in the model's own tokens.
         thinks: Whether the model has marks for its thinking.
+        form: What `/v1/responses` alone knows of a request.
     """
 
     chat: Chat
@@ -49,6 +52,12 @@ class Reply:
     warnings: tuple[str, ...] = ()
     exact: bool = True
     thinks: bool = False
+    form: ResponseForm | None = None
+
+    @property
+    def name(self) -> str:
+        """The id without the word before it: what all that belongs to the response is named after."""
+        return re.split("[-_]", self.id, maxsplit=1)[-1]
 
     def head(self, kind: str) -> dict[str, object]:
         """The fields that a completion and each of its chunks begin with."""
@@ -84,19 +93,23 @@ def choices_of(state: State, chat: Chat) -> tuple[Choice, ...]:
     return tuple(found)
 
 
+def answer_tokens(state: State, slots: tuple[Slot, ...]) -> int:
+    """Tokens of the answers of these slots; all others of the run are reasoning."""
+    return sum(
+        state.rollouts[slot].usage.completion_tokens - state.rollouts[slot].usage.reasoning_tokens for slot in slots
+    )
+
+
 def usage_of(state: State, slots: tuple[Slot, ...]) -> dict[str, object]:
     """Every token of the run; all but the answers shown are reasoning."""
     usage = state.usage
-    answers = sum(
-        state.rollouts[slot].usage.completion_tokens - state.rollouts[slot].usage.reasoning_tokens for slot in slots
-    )
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens, "audio_tokens": 0},
         "completion_tokens_details": {
-            "reasoning_tokens": usage.completion_tokens - answers,
+            "reasoning_tokens": usage.completion_tokens - answer_tokens(state, slots),
             "audio_tokens": 0,
             "accepted_prediction_tokens": 0,
             "rejected_prediction_tokens": 0,
@@ -187,7 +200,7 @@ def call_body(call: Call, id: str) -> dict[str, object]:
 
 def call_id(reply: Reply, index: int, number: int) -> str:
     """The name of a call, unlike any other's."""
-    return f"call_{reply.id.removeprefix('chatcmpl-')[:24]}_{index}_{number}"
+    return f"call_{reply.name[:24]}_{index}_{number}"
 
 
 async def completion(run: Run, state: State, reply: Reply, engine: Engine) -> dict[str, object]:
@@ -205,7 +218,7 @@ async def completion(run: Run, state: State, reply: Reply, engine: Engine) -> di
             message["tool_calls"] = [
                 call_body(call, call_id(reply, index, number)) for number, call in enumerate(choice.calls)
             ]
-        reasoning = await _reasoning(run, choice.slot, engine)
+        reasoning = await thinking_of(run, choice.slot, engine)
         if reasoning:
             message["reasoning"] = message["reasoning_content"] = reasoning
         choices.append({"index": index, "message": message, "logprobs": None, "finish_reason": choice.finish})
@@ -217,7 +230,7 @@ async def completion(run: Run, state: State, reply: Reply, engine: Engine) -> di
     }
 
 
-async def _reasoning(run: Run, slot: Slot, engine: Engine) -> str:
+async def thinking_of(run: Run, slot: Slot, engine: Engine) -> str:
     """The thinking before an answer; empty where there is none, or none that could be decoded."""
     trace = run.traces.get(slot)
     if trace is None or trace.reasoning == trace.answer:

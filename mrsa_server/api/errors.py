@@ -181,13 +181,16 @@ def renamed(error: BadRequest, names: Mapping[str, str]) -> BadRequest:
     """The error under the name that the client wrote, where that is another one than ours.
 
     Args:
-        error: It may blame a field of `mrsa`.
-        names: The client's name for each field of `mrsa` that it knows under another one.
+        error: It may blame a field.
+        names: The client's name for each field that it knows under another one; it counts for what is inside too.
     """
-    name = names.get((error.param or "").removeprefix("mrsa."))
-    if name is None or error.param is None or not error.param.startswith("mrsa."):
-        return error
-    return BadRequest(error.message.replace(error.param, name), name, error.code)
+    path = (error.param or "").split(".")
+    for length in range(len(path), 0, -1):
+        ours = ".".join(path[:length])
+        if (theirs := names.get(ours)) is not None:
+            param = ".".join((theirs, *path[length:]))
+            return BadRequest(error.message.replace(ours, theirs), param, error.code)
+    return error
 
 
 def to_response(error: ApiError) -> Response:

@@ -31,6 +31,16 @@ def frame(data: object) -> bytes:
     return b"data: " + orjson.dumps(data) + b"\n\n"
 
 
+def named_frame(name: str, data: object) -> bytes:
+    """A frame of the streams whose clients go by `event:`."""
+    return b"event: " + name.encode() + b"\ndata: " + orjson.dumps(data) + b"\n\n"
+
+
+def error_frame(error: ApiError) -> bytes:
+    """How a chat stream ends in an error."""
+    return frame(error.body())
+
+
 @asynccontextmanager
 async def until_gone(receive: Receive) -> AsyncIterator[None]:
     """Cancel the block when the client disconnects. The request's body must have been read.
@@ -64,15 +74,17 @@ class EventStream(Response):
 
     Args:
         frames: Makes the frames; closing the generator ends whatever they come from.
+        last: The end of a stream that breaks.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, frames: Callable[[], AsyncGenerator[bytes, None]]) -> None:
+    def __init__(self, frames: Callable[[], AsyncGenerator[bytes, None]], last: Callable[[ApiError], bytes]) -> None:
         # `x-accel-buffering`: nginx would hold the frames back.
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._frames = frames
+        self._last = last
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Write until the end, an error, or the client's leave."""
@@ -90,10 +102,10 @@ class EventStream(Response):
                     async for part in frames:
                         await send({"type": "http.response.body", "body": part, "more_body": True})
                 except ApiError as error:
-                    last = frame(error.body())
+                    last = self._last(error)
                 except Exception:
                     log.exception("stream broke")
-                    last = frame(ApiError(500, "internal_error", "The server failed.").body())
+                    last = self._last(ApiError(500, "internal_error", "The server failed."))
                 await send({"type": "http.response.body", "body": last, "more_body": False})
         except ClientGone:
             pass

@@ -45,32 +45,34 @@ Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 EffortName = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
-class _Wire(BaseModel):
+class Wire(BaseModel):
+    """What every part of a body is: nothing is converted, nothing unknown is let pass."""
+
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class TextPart(_Wire):
+class TextPart(Wire):
     """Text of a message."""
 
     type: Literal["text"]
     text: Text
 
 
-class RefusalPart(_Wire):
+class RefusalPart(Wire):
     """What an assistant refused with, in an earlier turn."""
 
     type: Literal["refusal"]
     refusal: Text
 
 
-class ImageUrl(_Wire):
+class ImageUrl(Wire):
     """Where an image is: only inside the message can be accepted, nothing is ever fetched."""
 
     url: Text
     detail: Literal["auto", "low", "high", "original"] | None = None
 
 
-class ImagePart(_Wire):
+class ImagePart(Wire):
     """An image in a message."""
 
     type: Literal["image_url"]
@@ -103,14 +105,14 @@ Stop = Annotated[
 ]
 
 
-class CalledFunction(_Wire):
+class CalledFunction(Wire):
     """The function of an earlier call."""
 
     name: Name
     arguments: Text
 
 
-class CallIn(_Wire):
+class CallIn(Wire):
     """A call that an earlier assistant turn made."""
 
     id: Name
@@ -119,7 +121,7 @@ class CallIn(_Wire):
     index: int | None = None  # some clients send back what they read from a stream
 
 
-class MessageIn(_Wire):
+class MessageIn(Wire):
     """One turn of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -136,7 +138,7 @@ class MessageIn(_Wire):
     function_call: None = None
 
 
-class FunctionIn(_Wire):
+class FunctionIn(Wire):
     """The definition of a tool."""
 
     name: FunctionName
@@ -145,39 +147,39 @@ class FunctionIn(_Wire):
     strict: bool | None = None
 
 
-class ToolIn(_Wire):
+class ToolIn(Wire):
     """A tool; functions are the only kind."""
 
     type: Literal["function"]
     function: FunctionIn
 
 
-class NamedFunction(_Wire):
+class NamedFunction(Wire):
     """The function that has to be called."""
 
     name: FunctionName
 
 
-class NamedTool(_Wire):
+class NamedTool(Wire):
     """The tool that has to be called."""
 
     type: Literal["function"]
     function: NamedFunction
 
 
-class TextFormat(_Wire):
+class TextFormat(Wire):
     """Free text."""
 
     type: Literal["text"]
 
 
-class JsonFormat(_Wire):
+class JsonFormat(Wire):
     """Any JSON object."""
 
     type: Literal["json_object"]
 
 
-class SchemaIn(_Wire):
+class SchemaIn(Wire):
     """A JSON schema with a name."""
 
     name: Short
@@ -186,14 +188,14 @@ class SchemaIn(_Wire):
     strict: bool | None = None
 
 
-class SchemaFormat(_Wire):
+class SchemaFormat(Wire):
     """JSON that matches a schema."""
 
     type: Literal["json_schema"]
     json_schema: SchemaIn
 
 
-class StreamOptions(_Wire):
+class StreamOptions(Wire):
     """What a stream holds besides the answer."""
 
     include_usage: bool | None = None
@@ -201,14 +203,14 @@ class StreamOptions(_Wire):
     continuous_usage_stats: Literal[False] | None = None
 
 
-class Reasoning(_Wire):
+class Reasoning(Wire):
     """The effort as `/v1/responses` and some proxies write it."""
 
     effort: EffortName | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
 
 
-class AgreementIn(_Wire):
+class AgreementIn(Wire):
     """When equal answers end a run, as `harness.types.Agreement`."""
 
     share: Annotated[float, Field(gt=0, le=1)] = Agreement().share
@@ -224,7 +226,7 @@ def _agreement(value: object) -> object:
     return value
 
 
-class MrsaIn(_Wire):
+class MrsaIn(Wire):
     """The request extension `mrsa`: overrides of the preset. Names and units are those of `Params`."""
 
     effort: EffortName | None = None
@@ -248,7 +250,13 @@ class MrsaIn(_Wire):
     stream: Literal["final", "rounds", "rollouts"] | None = None
 
 
-class ChatBody(_Wire):
+MrsaSwitch = Annotated[
+    Annotated[bool, Tag("switch")] | Annotated[MrsaIn, Tag("object")],
+    Discriminator(lambda value: "switch" if isinstance(value, bool) else "object"),
+]
+
+
+class ChatBody(Wire):
     """A body of `POST /v1/chat/completions`, after `translate`."""
 
     model: Name
@@ -273,13 +281,7 @@ class ChatBody(_Wire):
     response_format: Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")] | None = None
     reasoning_effort: EffortName | None = None
     reasoning: Reasoning | None = None
-    mrsa: (
-        Annotated[
-            Annotated[bool, Tag("switch")] | Annotated[MrsaIn, Tag("object")],
-            Discriminator(lambda value: "switch" if isinstance(value, bool) else "object"),
-        ]
-        | None
-    ) = None
+    mrsa: MrsaSwitch | None = None
     # Known, and without influence on the answer.
     user: Short | None = None
     metadata: Annotated[dict[str, Any], Field(max_length=64)] | None = None
@@ -313,7 +315,7 @@ class Chat(NamedTuple):
         tools: Tools that the model may call; empty with `tool_choice` none.
         forced: Whether the answer must be a call.
         warnings: What was not taken literally.
-        names: The client's name for each field of `mrsa` that it wrote under another one.
+        names: The client's name for each field that it wrote under another one, by the path that a body of chat has.
     """
 
     model: str
@@ -334,21 +336,30 @@ def parse_chat(raw: bytes, settings: Settings) -> Chat:
         BadRequest: Naming the field and what is wrong with it.
         InvalidParams: If a value is outside of what the method can do.
     """
+    data, names, warnings = translate(read_object(raw))
     try:
-        data = orjson.loads(raw)
+        body = ChatBody.model_validate(data)
+    except ValidationError as error:
+        raise of_validation(error, data, names) from None
+    return to_chat(body, settings, warnings, names)
+
+
+def read_object(raw: bytes) -> dict[str, Any]:
+    """The JSON object that a body has to be.
+
+    Raises:
+        BadRequest: It is none.
+    """
+    try:
+        data: object = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
         raise BadRequest(f"The body is not JSON: {error}", code="invalid_json") from None
     if not isinstance(data, dict):
         raise BadRequest("The body must be a JSON object.", code="invalid_json")
-    data, names, warnings = translate(data)
-    try:
-        body = ChatBody.model_validate(data)
-    except ValidationError as error:
-        raise _of_validation(error, data, names) from None
-    return _to_chat(body, settings, warnings, names)
+    return data
 
 
-def _of_validation(error: ValidationError, data: dict[str, Any], names: Mapping[str, str]) -> BadRequest:
+def of_validation(error: ValidationError, data: dict[str, Any], names: Mapping[str, str]) -> BadRequest:
     """The first error under the path that the client wrote; pydantic's own tags of unions are left out of it."""
     errors = error.errors(include_url=False, include_context=False, include_input=False)
     first = errors[0]
@@ -364,8 +375,7 @@ def _of_validation(error: ValidationError, data: dict[str, Any], names: Mapping[
             continue
         path.append(str(step))
     param = ".".join(path)
-    if len(path) == 2 and path[0] == "mrsa" and path[1] in names:
-        param = names[path[1]]
+    param = names.get(param, param)
     code, message = first["type"], first["msg"]
     if code == "extra_forbidden":
         code, message = "unknown_parameter", "is not a parameter of this server"
@@ -380,7 +390,13 @@ def _of_validation(error: ValidationError, data: dict[str, Any], names: Mapping[
     return BadRequest(f"{param or 'body'}: {message}{tail}", param or None, code)
 
 
-def _to_chat(body: ChatBody, settings: Settings, warnings: list[str], names: Mapping[str, str]) -> Chat:
+def to_chat(body: ChatBody, settings: Settings, warnings: list[str], names: Mapping[str, str]) -> Chat:
+    """A body as the rest of the server reads it.
+
+    Raises:
+        BadRequest: Naming the field and what is wrong with it.
+        InvalidParams: If a value is outside of what the method can do.
+    """
     messages = tuple(
         _to_message(message, f"messages.{index}", settings.inline_images, warnings)
         for index, message in enumerate(body.messages)

@@ -51,7 +51,8 @@ def translate(data: dict[str, Any]) -> tuple[dict[str, Any], Mapping[str, str], 
         data: The body; it is not changed.
 
     Returns:
-        The body with `mrsa` in place of their fields, the name that the client used for each field, and warnings.
+        The body with `mrsa` in place of their fields, the name that the client used for each `mrsa.` field, and
+        warnings.
 
     Raises:
         BadRequest: If it asks for summaries in place of tails, or contradicts `mrsa`.
@@ -102,7 +103,7 @@ def translate(data: dict[str, Any]) -> tuple[dict[str, Any], Mapping[str, str], 
         mrsa = {**own, "effort": "none"}
     if mrsa.get("final_candidates") == 0 and "final_candidates" in names:
         mrsa["final_candidates"] = mrsa.get("population", 32)
-    return {**rest, "mrsa": mrsa}, names, warnings
+    return {**rest, "mrsa": mrsa}, {f"mrsa.{ours}": theirs for ours, theirs in names.items()}, warnings
 
 
 def _asks(name: str, value: object) -> bool:

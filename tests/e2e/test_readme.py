@@ -20,6 +20,7 @@ def test_the_examples_of_the_readme_run(scripted_url: str) -> None:
     code = code.replace("http://127.0.0.1:8000/v1", scripted_url).replace("SmolLM2-135M-Instruct", "scripted")
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.count("\\boxed{") == 2
+    assert ran.stdout.count("\\boxed{") == 3
     assert "tokens in 3 rounds" in ran.stdout
+    assert "**Round 0 of 2**" in ran.stdout
     assert "[run.finished  ]" in ran.stdout

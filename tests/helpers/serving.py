@@ -19,6 +19,7 @@ from mrsa_server.serve import Unpipelined
 from mrsa_server.settings import Settings
 
 CHAT = "/v1/chat/completions"
+RESPONSES = "/v1/responses"
 QUESTION = [{"role": "user", "content": "What is six times seven?"}]
 SMALL = {"population": 4, "rounds": 1, "set_size": 2, "tail_tokens": 32, "seed": 7}
 
@@ -90,3 +91,14 @@ def joined(found: list[dict[str, Any]], field: str = "content", index: int = 0) 
 def events(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What stands under `mrsa`."""
     return [chunk["mrsa"] for chunk in found if "mrsa" in chunk]
+
+
+def typed(text: str) -> list[dict[str, Any]]:
+    """The events of a whole stream of `/v1/responses`, `[DONE]` left out; any other frame is a mistake."""
+    found = []
+    for block in text.split("\n\n"):
+        if block and not block.startswith(":") and block != "data: [DONE]":
+            name, data = block.split("\n")
+            found.append(orjson.loads(data.removeprefix("data: ")))
+            assert name == f"event: {found[-1]['type']}", block
+    return found

@@ -87,6 +87,70 @@ const checks = {
   },
 };
 
+const input = "What is six times seven?";
+const [{ function: named }] = tools;
+const flatTools = [{ type: "function", strict: false, ...named }];
+const reasoning = { summary: "detailed" };
+
+Object.assign(checks, {
+  async "responds"() {
+    const done = await client.responses.create({ model, input, mrsa });
+    assert.match(done.output_text, /boxed/);
+    assert.deepEqual(done.output.map((item) => item.type), ["reasoning", "message"]);
+    assert.match(done.output[0].summary[0].text, /^\*\*Round 0 of 1\*\*/);
+    assert.equal(done.usage.total_tokens, done.usage.input_tokens + done.usage.output_tokens);
+    assert.equal(done.mrsa.params.population, 4);
+  },
+  async "streams a response, with events of ours where they are asked for"() {
+    const stream = await client.responses.create({ model, input, mrsa, reasoning, include: ["mrsa.events"], stream: true });
+    const types = [];
+    let text = "";
+    for await (const event of stream) {
+      types.push(event.type);
+      if (event.type === "response.output_text.delta") text += event.delta;
+    }
+    assert.match(text, /boxed/);
+    assert.ok(types.includes("mrsa:round.finished"));
+    assert.equal(types.at(-1), "response.completed");
+  },
+  async "accumulates a response with .stream"() {
+    for (const extra of [{}, { reasoning }]) {
+      const runner = client.responses.stream({ model, input, mrsa, ...extra });
+      let heard = "";
+      runner.on("response.output_text.delta", (event) => (heard += event.delta));
+      const done = await runner.finalResponse();
+      assert.equal(done.output_text, heard);
+      assert.match(heard, /boxed/);
+      assert.match(done.output[0].summary[0].text, /^\*\*Round 0 of 1\*\*/);
+    }
+  },
+  async "calls a tool in a response, streamed and not, and reads what it returned"() {
+    const request = { model, input, mrsa, tools: flatTools, tool_choice: "required" };
+    const done = await client.responses.create(request);
+    const call = done.output.at(-1);
+    assert.deepEqual(JSON.parse(call.arguments), { city: "text" });
+    const streamed = await client.responses.stream(request).finalResponse();
+    assert.deepEqual(JSON.parse(streamed.output.at(-1).arguments), { city: "text" });
+    const result = { type: "function_call_output", call_id: call.call_id, output: "sun" };
+    const items = [{ role: "user", content: input }, ...done.output, result];
+    assert.match((await client.responses.create({ model, input: items, mrsa, tools: flatTools })).output_text, /boxed/);
+  },
+  async "parses a response"() {
+    const schema = { type: "object", properties: { result: { type: "integer" } }, required: ["result"] };
+    const text = { format: { type: "json_schema", name: "out", schema, strict: true } };
+    const done = await client.responses.parse({ model, input, mrsa, text });
+    assert.deepEqual(JSON.parse(done.output_text), { result: 1 });
+  },
+  async "throws what a response cannot be"() {
+    await assert.rejects(
+      client.responses.create({ model, input, background: true }),
+      (error) => error instanceof OpenAI.BadRequestError && error.param === "background",
+    );
+    const late = { ...mrsa, deadline_s: 0.03 };
+    await assert.rejects(client.responses.stream({ model, input, mrsa: late }).finalResponse(), OpenAI.APIError);
+  },
+});
+
 for (const [name, check] of Object.entries(checks)) {
   try {
     await check();
