@@ -8,8 +8,10 @@ meanwhile is let go without a word (`Fenced`).
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import structlog
 
@@ -18,10 +20,11 @@ from mrsa_server.runs.record import NewRun
 from mrsa_server.runs.store_errors import Fenced, StoreUnavailable
 
 if TYPE_CHECKING:  # a server without a store loads no database
-    from mrsa_server.runs.store import Claim, Ended, RunStore
+    from mrsa_server.runs.store import Claim, Ended, RunStore, StoredStatus
 
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 2.0
+_TOGETHER = 256  # runs in one transaction
 _RENEWALS = 3  # in the time of a lease, so that one that is missed loses nothing
 T = TypeVar("T")
 
@@ -50,14 +53,13 @@ class Book:
         Raises:
             Fenced: The run is another server's by now.
         """
-        store = self._journal.store
-        self._last = await patiently(lambda: store.append(self.claim, events, after=self._last))
+        self._last = await self._journal.write(self.claim, events, self._last)
 
     async def close(self, status: Ended, error: bytes | None = None) -> None:
         """The run has ended; what another server makes of it is that one's."""
-        store = self._journal.store
         try:
-            await patiently(lambda: store.finish(self.claim, status, error=error))
+            # Its last write may still be on the way, if nobody waited for it: so no number is given.
+            await self._journal.write(self.claim, (), None, status, error)
         except Fenced as fenced:
             log.warning("run was taken over", run_id=self.claim.run_id, reason=str(fenced))
         finally:
@@ -72,8 +74,17 @@ class Book:
             log.warning("run was not released", run_id=self.claim.run_id, reason=str(error))
 
 
+class _Waiting(NamedTuple):
+    claim: Claim
+    events: Sequence[Event]
+    after: int | None
+    status: StoredStatus
+    error: bytes | None
+    written: asyncio.Future[int]
+
+
 class Journal:
-    """The books of this server's runs.
+    """The books of this server's runs. What comes while one transaction is written waits for the next, all together.
 
     Args:
         store: Where they are.
@@ -82,6 +93,51 @@ class Journal:
     def __init__(self, store: RunStore) -> None:
         self.store = store
         self._books: dict[Claim, Book] = {}
+        self._waiting: deque[_Waiting] = deque()
+        self._writer: asyncio.Task[None] | None = None
+
+    async def write(
+        self,
+        claim: Claim,
+        events: Sequence[Event],
+        after: int | None,
+        status: StoredStatus = "running",
+        error: bytes | None = None,
+    ) -> int:
+        """Return when a run's events are on the disk; the number of the last one.
+
+        Raises:
+            Fenced: The run is another server's by now.
+        """
+        written: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._waiting.append(_Waiting(claim, events, after, status, error, written))
+        if self._writer is None:
+            self._writer = asyncio.create_task(self._write(), name="journal")
+        return await written
+
+    async def _write(self) -> None:
+        from mrsa_server.runs.store import Entry  # it is there, since there is a store
+
+        try:
+            while self._waiting:
+                batch: dict[str, _Waiting] = {}  # one for each run
+                while self._waiting and len(batch) < _TOGETHER and self._waiting[0].claim.run_id not in batch:
+                    waiting = self._waiting.popleft()
+                    batch[waiting.claim.run_id] = waiting
+                entries = [Entry(one.claim, one.events, one.after, one.status, one.error) for one in batch.values()]
+                try:
+                    found: Sequence[int | Exception] = await patiently(partial(self.store.write_many, entries))
+                except Exception as error:  # whoever waits is told; the writer lives on
+                    found = [error] * len(entries)
+                for one, last in zip(batch.values(), found, strict=True):
+                    if one.written.done():
+                        continue
+                    if isinstance(last, Exception):
+                        one.written.set_exception(last)
+                    else:
+                        one.written.set_result(last)
+        finally:
+            self._writer = None
 
     async def open(
         self, record: NewRun, events: Sequence[Event], lost: Callable[[], None], cancelled: Callable[[], None]

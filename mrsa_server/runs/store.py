@@ -48,15 +48,11 @@ _T = TypeVar("_T")
 _runs = tables.runs.c
 _UNFINISHED = _runs.ended_at.is_(None)
 _GOING = ("queued", "running")
+_CHANGED = ("events", "status", "owner", "ended_at", "lease_until", "error")
 _CHANGE = (
     update(tables.runs)
     .where(_runs.run_id == bindparam("which"))
-    .values(
-        {
-            name: bindparam(name)
-            for name in ("events", "status", "owner", "ended_at", "lease_until", "error")
-        }
-    )
+    .values({name: bindparam(f"new_{name}") for name in _CHANGED})
 )
 
 
@@ -374,20 +370,20 @@ class RunStore:
         return await self._write(claim, events, after, values)
 
     @_whole
-    async def write_many(self, entries: Sequence[Entry]) -> list[int | Fenced]:
+    async def write_many(self, entries: Sequence[Entry]) -> list[int | Fenced | ValueError]:
         """`append` and `finish` for many runs in one transaction: that costs little more than for one.
 
         Args:
             entries: At most one for each run.
 
         Returns:
-            For each the number of its last event, or why nothing was written of it.
+            For each the number of its last event, or why nothing was written of it, as `append` would raise it.
 
         Raises:
             StoreUnavailable: Nobody knows whether they are stored; the same again is safe where `after` is given.
         """
         rows = await _rows_of(entries, keep_traces=self._keep_traces)
-        found: list[int | Fenced] = []
+        found: list[int | Fenced | ValueError] = []
         changed: list[dict[str, object]] = []
         events: list[dict[str, object]] = []
         traces: list[dict[str, object]] = []
@@ -396,12 +392,14 @@ class RunStore:
         ).where(_runs.run_id.in_([entry.claim.run_id for entry in entries]))
         async with self._database.writing() as connection:
             # In one order, so that two transactions never wait for each other.
-            there = {row.run_id: row for row in await connection.execute(query.order_by(_runs.run_id).with_for_update())}
+            there = {
+                row.run_id: row for row in await connection.execute(query.order_by(_runs.run_id).with_for_update())
+            }
             for entry, encoded in zip(entries, rows, strict=True):
                 row, run_id = there.get(entry.claim.run_id), entry.claim.run_id
                 last = _number(row, entry, self.owner)
                 found.append(last)
-                if row is None or isinstance(last, Fenced) or row.status not in _GOING:
+                if row is None or not isinstance(last, int) or row.status not in _GOING:
                     continue
                 if entry.after is not None and row.events == entry.after + len(entry.events) and entry.events:
                     continue  # it was written before
@@ -409,12 +407,12 @@ class RunStore:
                 changed.append(
                     {
                         "which": run_id,
-                        "events": last,
-                        "status": entry.status,
-                        "owner": None if ended else self.owner,
-                        "ended_at": row.now if ended else None,
-                        "lease_until": row.now + self.lease_s,
-                        "error": None if entry.error is None else codec.deflate(entry.error),
+                        "new_events": last,
+                        "new_status": entry.status,
+                        "new_owner": None if ended else self.owner,
+                        "new_ended_at": row.now if ended else None,
+                        "new_lease_until": row.now + self.lease_s,
+                        "new_error": None if entry.error is None else codec.deflate(entry.error),
                     }
                 )
                 events += _event_rows(run_id, row.events, row.now, encoded)
@@ -838,17 +836,11 @@ def _event_rows(run_id: str, after: int, at: float, rows: _Rows) -> list[dict[st
 
 
 def _trace_rows(run_id: str, rows: _Rows) -> list[dict[str, object]]:
-    return [
-        {"run_id": run_id, "round": slot.round, "index": slot.index, "body": body} for slot, body in rows.traces
-    ]
+    return [{"run_id": run_id, "round": slot.round, "index": slot.index, "body": body} for slot, body in rows.traces]
 
 
-def _number(row: Row[Any] | None, entry: Entry, owner: str) -> int | Fenced:
-    """The last number of a run once an entry is written; it may have been written before.
-
-    Raises:
-        ValueError: The log does not end where the entry begins.
-    """
+def _number(row: Row[Any] | None, entry: Entry, owner: str) -> int | Fenced | ValueError:
+    """The last number of a run once an entry is written, as it may have been before; or why it cannot be."""
     claim, count = entry.claim, len(entry.events)
     if row is None:
         return Fenced(claim.run_id, claim.fence, None, None)
@@ -862,7 +854,7 @@ def _number(row: Row[Any] | None, entry: Entry, owner: str) -> int | Fenced:
         return last + count
     if last == entry.after + count and entry.status in _GOING:
         return last
-    raise ValueError(f"the log of {claim.run_id} ends at {last}, not at {entry.after}")
+    return ValueError(f"the log of {claim.run_id} ends at {last}, not at {entry.after}")
 
 
 async def _rows_of(entries: Sequence[Entry], *, keep_traces: bool) -> list[_Rows]:
