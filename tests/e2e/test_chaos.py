@@ -1,0 +1,169 @@
+"""Servers that are killed at random: every run ends, nothing that has ended is asked for again, and budgets hold."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from contextlib import suppress
+
+import httpx
+import pytest
+
+from harness.events import RolloutAborted, RolloutFailed, RolloutFinished, RolloutStarted, RunResumed
+from harness.markovian_rsa import replay
+from harness.prompts import load_templates
+from harness.types import Slot
+from mrsa_server.runs.database import Database
+from mrsa_server.runs.store import RunFilter, RunStore
+from tests.helpers.ports import free_port
+from tests.helpers.processes import wait_ready
+from tests.helpers.serving import CHAT, ask
+
+pytestmark = pytest.mark.e2e
+
+RUNS = 200
+KILLS = 6
+BUDGET = 9_000
+LEASE_S = 1.0
+SIZES = {
+    "population": 4,
+    "rounds": 2,
+    "set_size": 2,
+    "rollout_tokens": 400,
+    "tail_tokens": 64,
+    "final_tokens": 400,
+    "budget_tokens": BUDGET,
+}
+TEMPLATES = load_templates()
+
+
+class Replica:
+    """One `mrsa serve`, that can be killed and comes back on its port."""
+
+    def __init__(self, store_url: str) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._env = os.environ | {"MRSA_DATABASE_URL": store_url, "MRSA_LEASE_S": str(LEASE_S)}
+        self.start()
+
+    def start(self) -> None:
+        words = [sys.executable, "-m", "mrsa_server", "serve", "--engine", "scripted", "--port", str(self.port)]
+        self.process = subprocess.Popen([*words, "--log-level", "error"], env=self._env)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+async def submit(replicas: list[Replica], stream: random.Random) -> None:
+    """Every run is asked for until a server has answered or has broken off: then it is the servers' to end it."""
+    async with (
+        httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=None)) as client,
+        asyncio.TaskGroup() as tasks,
+    ):
+
+        async def one(number: int) -> None:
+            await asyncio.sleep(stream.random() * 8)
+            body = ask(mrsa={**SIZES, "seed": number}, stream=True)
+            for _ in range(200):
+                replica = stream.choice(replicas)
+                with suppress(httpx.TransportError):
+                    async with client.stream("POST", replica.url + CHAT, json=body) as response:
+                        if response.status_code == 200:
+                            async for line in response.aiter_lines():
+                                if "run.started" in line:
+                                    started.add(number)
+                        elif response.status_code != 503:
+                            raise AssertionError(await response.aread())
+                if number in started:
+                    return
+                await asyncio.sleep(0.1)
+            raise AssertionError("no server let the run in")
+
+        started: set[int] = set()
+        for number in range(RUNS):
+            tasks.create_task(one(number))
+
+
+async def chaos(store_url: str, count: int, seed: int) -> None:
+    stream = random.Random(seed)
+    replicas = [Replica(store_url) for _ in range(count)]
+    store = RunStore(store_url, owner="test", lease_s=LEASE_S)
+    try:
+        for replica in replicas:
+            await asyncio.to_thread(wait_ready, replica.url)
+        await store.open()
+
+        async def kill() -> None:
+            for _ in range(KILLS):
+                await asyncio.sleep(0.5 + stream.random() * 1.5)
+                victim = stream.choice(replicas)
+                victim.kill()
+                await asyncio.sleep(stream.random() * 0.5)
+                victim.start()
+
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(kill())
+            tasks.create_task(submit(replicas, stream))
+        async with asyncio.timeout(60):
+            while left := await store.list_runs(RunFilter(status=("queued", "running")), limit=1):
+                await store.wait(left[0].run_id, left[0].last, 1)
+        await check(store)
+    finally:
+        for replica in replicas:
+            replica.process.kill()
+            replica.process.wait()
+        await store.aclose()
+
+
+async def check(store: RunStore) -> None:
+    """Read every log, as whoever takes a run up would."""
+    runs = await store.list_runs(limit=10 * RUNS)
+    assert len(runs) >= RUNS
+    statuses, resumed = Counter(run.status for run in runs), 0
+    for run in runs:
+        stored = await store.events(run.run_id)
+        assert [one.number for one in stored] == list(range(1, run.last + 1)), "no gap and no double"
+        ended, running = set[Slot](), set[Slot]()
+        for one in stored:
+            match one.event:
+                case RolloutStarted(slot):
+                    assert slot not in ended | running, "what has ended is not asked for again"
+                    running.add(slot)
+                case RolloutFinished(rollout) | RolloutAborted(rollout):
+                    running.remove(rollout.slot)
+                    ended.add(rollout.slot)
+                case RolloutFailed(slot):
+                    running.remove(slot)
+                    ended.add(slot)
+                case RunResumed(slots):
+                    assert running == set(slots)
+                    running.clear()
+                    resumed += 1
+        state = replay([one.event for one in stored], TEMPLATES)
+        if run.status != "cancelled":
+            assert state.outcome is not None
+        assert state.usage.completion_tokens + state.charged_tokens <= BUDGET
+    print(f"{len(runs)} runs {dict(statuses)}, taken up {resumed} times")
+    assert resumed > 0, "somebody was killed at his work"
+    assert statuses["finished"] + statuses["stopped"] >= 0.9 * RUNS
+
+
+def upgrade(store_url: str) -> None:
+    async def run() -> None:
+        database = Database(store_url)
+        await database.upgrade()
+        await database.aclose()
+
+    asyncio.run(run())
+
+
+def test_runs_outlive_servers_that_are_killed_at_random(store_url: str) -> None:
+    """Two replicas on one Postgres; on SQLite one process that comes back."""
+    upgrade(store_url)
+    replicas = 1 if store_url.startswith("sqlite") else 2
+    asyncio.run(chaos(store_url, replicas, seed=1))
