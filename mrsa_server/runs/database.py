@@ -26,6 +26,8 @@ from mrsa_server import migrations
 from mrsa_server.runs.store_errors import SchemaMismatch, StoreUnavailable
 
 _READERS = 4
+# How much longer to queue for a connection than for an answer: many before us may have one each, of milliseconds.
+_QUEUE = 3
 _CONNECTIONS = 8
 _DRIVERS = {
     "sqlite": "sqlite+aiosqlite",
@@ -86,7 +88,7 @@ class Database:
                     hide_parameters=True,
                     pool_pre_ping=True,
                     pool_size=_CONNECTIONS,
-                    pool_timeout=wait_s,
+                    pool_timeout=_QUEUE * wait_s,
                     connect_args={"timeout": wait_s, "command_timeout": wait_s},
                 )
             else:
@@ -223,8 +225,7 @@ def _sqlite(url: URL, connections: int, wait_s: float, *, writes: bool) -> Async
         poolclass=AsyncAdaptedQueuePool,
         pool_size=connections,
         max_overflow=0,
-        # The writer's queue is as long as it takes: each has its turn of a few milliseconds.
-        pool_timeout=wait_s * (6 if writes else 1),
+        pool_timeout=_QUEUE * wait_s,
         connect_args={"timeout": wait_s},
     )
 

@@ -580,7 +580,10 @@ class RunStore:
         )
         async with self._database.reading() as connection:
             rows = (await connection.execute(query)).all()
-        return [Stored(row.number, row.at, codec.decode(row.kind, row.body)) for row in rows]
+        # In a thread: those of a long run take 50 ms, and its traces twice that.
+        return await asyncio.to_thread(
+            lambda: [Stored(row.number, row.at, codec.decode(row.kind, row.body)) for row in rows]
+        )
 
     @_whole
     async def trace(self, run_id: str, slot: Slot) -> Trace | None:
@@ -610,7 +613,9 @@ class RunStore:
             query = query.where(found.round == round)
         async with self._database.reading() as connection:
             rows = (await connection.execute(query.order_by(found.round, found["index"]))).all()
-        return {Slot(row.round, row.place): codec.decode_trace(row.body) for row in rows}
+        return await asyncio.to_thread(
+            lambda: {Slot(row.round, row.place): codec.decode_trace(row.body) for row in rows}
+        )
 
     async def wait(self, run_id: str, after: int, timeout_s: float) -> Progress:
         """Wait until a run has gone beyond `after` or has ended, or for `timeout_s`; how far it is then.
@@ -712,9 +717,9 @@ class RunStore:
                     self._bells.poll_s = _LISTENING_POLL_S
                     self._bells.ring_all()  # for what was said while nobody listened
                     await lost.wait()
+                    log.warning("no notifications", store=self.name)
             self._bells.poll_s = _POLL_S
             self._bells.ring_all()  # they find out whether the database is gone too
-            log.warning("no notifications", store=self.name)
             await asyncio.sleep(_RECONNECT_S)
 
     @_whole
