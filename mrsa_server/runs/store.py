@@ -29,7 +29,7 @@ from harness.types import Slot, Trace
 from mrsa_server.runs import codec, tables
 from mrsa_server.runs.bells import Bells, Progress
 from mrsa_server.runs.database import Database
-from mrsa_server.runs.store_errors import Fenced, KeyTaken, NoSuchRun, RunExists, StoreError
+from mrsa_server.runs.store_errors import Fenced, KeyTaken, NoSuchRun, RunExists, StoreError, StoreUnavailable
 
 RunKind = Literal["chat.completion", "response"]
 Unfinished = Literal["queued", "running"]
@@ -200,6 +200,8 @@ def _whole(
 
     @wraps(method)
     async def run(store: RunStore, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        if store._closed:
+            raise StoreUnavailable("it was closed")
         task = asyncio.create_task(method(store, *args, **kwargs))
         store._running.add(task)
         task.add_done_callback(store._running.discard)
@@ -230,6 +232,7 @@ class RunStore:
         self._bells = Bells(self._look, _POLL_S)
         self._listener: asyncio.Task[None] | None = None
         self._running: set[asyncio.Task[Any]] = set()  # transactions
+        self._closed = False
 
     @property
     def name(self) -> str:
@@ -249,14 +252,22 @@ class RunStore:
             self._listener = asyncio.create_task(self._listen(), name="store listen")
 
     async def aclose(self) -> None:
-        """Close every connection. Claims stay what they are until their leases end."""
-        await self._bells.aclose()
+        """Let transactions end and close every connection. Claims stay what they are until their leases end.
+
+        Whoever waits or comes later is told that the store is not available.
+        """
+        self._closed = True
+        await self._settle()
         if self._listener is not None:
             self._listener.cancel()
             await asyncio.wait((self._listener,))
+        await self._bells.aclose()
+        await self._settle()
+        await self._database.aclose()
+
+    async def _settle(self) -> None:
         if self._running:
             await asyncio.wait(self._running)
-        await self._database.aclose()
 
     # Writing: an owner's side.
 

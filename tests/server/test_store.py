@@ -404,6 +404,19 @@ async def test_a_reader_waits_no_longer_than_it_wants_to_nor_for_what_is_gone(st
             await waiting
 
 
+async def test_a_store_that_is_closed_says_so(store_url: str) -> None:
+    async with opened(store_url) as (store,):
+        claim = await store.create(new())
+        waiting = asyncio.create_task(store.wait("run", 0, 10))
+        written = asyncio.create_task(store.append(claim, [], after=0))
+        await asyncio.sleep(0.01)
+        await store.aclose()
+        assert await written == 0
+        for call in (waiting, store.get("run"), store.append(claim, [EVENT]), store.wait("run", 0, 10)):
+            with pytest.raises(StoreUnavailable, match="closed"):
+                await call
+
+
 async def test_many_readers_cost_one_look(store_url: str) -> None:
     async with opened(store_url, "a", "b") as (store, other):
         claims = [await store.create(new(f"run {run}")) for run in range(50)]
@@ -529,13 +542,15 @@ async def test_the_tables_that_migrations_make_are_those_that_queries_see(store_
         assert await connection.run_sync(differences) == []
 
 
-async def test_two_servers_may_make_a_file_at_once(tmp_path: Path) -> None:
-    stores = [RunStore(f"sqlite:///{tmp_path / 'runs.db'}", owner=name, lease_s=9) for name in "abc"]
-    await asyncio.gather(*(store.open() for store in stores))
-    await stores[0].create(new())
-    assert await stores[1].get("run") is not None
-    for store in stores:
-        await store.aclose()
+async def test_servers_may_make_a_file_at_once(tmp_path: Path) -> None:
+    # They locked one another out, some time in ten, while each put the file into WAL mode.
+    for round in range(6):
+        stores = [RunStore(f"sqlite:///{tmp_path / f'{round}.db'}", owner=name, lease_s=9, wait_s=3) for name in "abcd"]
+        await asyncio.gather(*(store.open() for store in stores))
+        await stores[0].create(new())
+        assert await stores[1].get("run") is not None
+        for store in stores:
+            await store.aclose()
 
 
 async def test_tables_of_another_version_are_refused(postgres: Postgres, template: str) -> None:
