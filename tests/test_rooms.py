@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LEAF = {"types", "engine", "events", "lineage", "tails", "budget", "prompts", "selection"}
 ASYNC = {"run", "scripted"}  # eval will join them
+STORE = {"bells", "codec", "database", "store", "store_errors", "tables"}
 FILES = sorted([*ROOT.glob("harness/**/*.py"), *ROOT.glob("mrsa_server/**/*.py")])
 
 
@@ -46,8 +47,14 @@ def test_a_room_imports_only_what_it_may(path: Path) -> None:
         assert {name for name in found if name.startswith("mrsa_server.api")} <= {
             f"mrsa_server.api.{name}" for name in ("wire", "sse", "errors")
         }
+        if path.stem in STORE:
+            allowed = {"mrsa_server", "mrsa_server.migrations", "mrsa_server.runs"}
+            allowed |= {f"mrsa_server.runs.{name}" for name in STORE}
+            assert {name for name in found if name.startswith("mrsa_server")} <= allowed
     elif room[1] == "api":
         assert not any(name.startswith(("mrsa_server.app", "mrsa_server.cli")) for name in found)
+    if room[1] != "migrations" and path.stem not in STORE:
+        assert not any(name.split(".")[0] in {"sqlalchemy", "alembic"} for name in found), "SQL is the store's alone"
     if room[:2] != ("mrsa_server", "zaya") and path.name not in {"vllm.py", "vllm_cpu.py", "vllm_scheduler.py"}:
         # The latter two are imported by vLLM itself, in its worker and its scheduler.
         assert not any(name.split(".")[0] == "vllm" for name in found), "vllm is imported in its engine alone"

@@ -10,7 +10,7 @@ import asyncio
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from mrsa_server import migrations
 from mrsa_server.runs.store_errors import SchemaMismatch, StoreUnavailable
 
 _READERS = 4
+# How much longer to queue for a connection than for an answer: many before us may have one each, of milliseconds.
+_QUEUE = 3
 _CONNECTIONS = 8
 _DRIVERS = {
     "sqlite": "sqlite+aiosqlite",
@@ -86,7 +88,7 @@ class Database:
                     hide_parameters=True,
                     pool_pre_ping=True,
                     pool_size=_CONNECTIONS,
-                    pool_timeout=wait_s,
+                    pool_timeout=_QUEUE * wait_s,
                     connect_args={"timeout": wait_s, "command_timeout": wait_s},
                 )
             else:
@@ -178,6 +180,10 @@ class Database:
                 self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             except OSError as error:
                 raise StoreUnavailable(f"{self._path.parent}: {error.strerror}") from error
+            try:
+                await asyncio.to_thread(_write_ahead, self._path, self._wait_s)
+            except sqlite3.Error as error:
+                raise StoreUnavailable(f"{self._path}: {error}") from error
         async with self.writing() as connection:
             await connection.run_sync(_upgrade)
 
@@ -216,6 +222,24 @@ def _check(current: str | None, *, exact: bool) -> None:
         raise SchemaMismatch(current, migrations.head(), known)
 
 
+def _write_ahead(path: Path, wait_s: float) -> None:
+    """Put a file into WAL mode, where it stays; before any transaction, and again as long as another is about it.
+
+    Two that each hold a lock and want the other's wait in vain: so nobody waits here, and all try again.
+    """
+    until = time.monotonic() + wait_s
+    while True:
+        try:
+            with closing(sqlite3.connect(path, timeout=0)) as connection:
+                if connection.execute("PRAGMA journal_mode=WAL").fetchone() == ("wal",):
+                    return
+                raise sqlite3.OperationalError("its file system has no WAL mode")
+        except sqlite3.OperationalError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(0.02)
+
+
 def _sqlite(url: URL, connections: int, wait_s: float, *, writes: bool) -> AsyncEngine:
     engine = create_async_engine(
         url,
@@ -223,8 +247,7 @@ def _sqlite(url: URL, connections: int, wait_s: float, *, writes: bool) -> Async
         poolclass=AsyncAdaptedQueuePool,
         pool_size=connections,
         max_overflow=0,
-        # The writer's queue is as long as it takes: each has its turn of a few milliseconds.
-        pool_timeout=wait_s * (6 if writes else 1),
+        pool_timeout=_QUEUE * wait_s,
         connect_args={"timeout": wait_s},
     )
 
@@ -232,7 +255,7 @@ def _sqlite(url: URL, connections: int, wait_s: float, *, writes: bool) -> Async
     def _connected(connection: Any, _: object) -> None:
         connection.isolation_level = None  # transactions are begun below, and not by the driver when it sees fit
         cursor = connection.cursor()
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON") if writes else ("query_only=ON",):
+        for pragma in ("synchronous=FULL", "foreign_keys=ON") if writes else ("query_only=ON",):
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
 

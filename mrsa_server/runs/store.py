@@ -30,7 +30,7 @@ from mrsa_server.runs import codec, tables
 from mrsa_server.runs.bells import Bells, Progress
 from mrsa_server.runs.database import Database
 from mrsa_server.runs.record import NewRun, RunKind
-from mrsa_server.runs.store_errors import Fenced, KeyTaken, NoSuchRun, RunExists, StoreError
+from mrsa_server.runs.store_errors import Fenced, KeyTaken, NoSuchRun, RunExists, StoreError, StoreUnavailable
 
 Unfinished = Literal["queued", "running"]
 Ended = Literal["finished", "stopped", "failed", "cancelled", "refused"]
@@ -193,6 +193,8 @@ def _whole(
 
     @wraps(method)
     async def run(store: RunStore, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        if store._closed:
+            raise StoreUnavailable("it was closed")
         task = asyncio.create_task(method(store, *args, **kwargs))
         store._running.add(task)
         task.add_done_callback(store._running.discard)
@@ -223,6 +225,7 @@ class RunStore:
         self._bells = Bells(self._look, _POLL_S)
         self._listener: asyncio.Task[None] | None = None
         self._running: set[asyncio.Task[Any]] = set()  # transactions
+        self._closed = False
 
     @property
     def name(self) -> str:
@@ -242,14 +245,22 @@ class RunStore:
             self._listener = asyncio.create_task(self._listen(), name="store listen")
 
     async def aclose(self) -> None:
-        """Close every connection. Claims stay what they are until their leases end."""
-        await self._bells.aclose()
+        """Let transactions end and close every connection. Claims stay what they are until their leases end.
+
+        Whoever waits or comes later is told that the store is not available.
+        """
+        self._closed = True
+        await self._settle()
         if self._listener is not None:
             self._listener.cancel()
             await asyncio.wait((self._listener,))
+        await self._bells.aclose()
+        await self._settle()
+        await self._database.aclose()
+
+    async def _settle(self) -> None:
         if self._running:
             await asyncio.wait(self._running)
-        await self._database.aclose()
 
     # Writing: an owner's side.
 
@@ -633,7 +644,10 @@ class RunStore:
         )
         async with self._database.reading() as connection:
             rows = (await connection.execute(query)).all()
-        return [Stored(row.number, row.at, codec.decode(row.kind, row.body)) for row in rows]
+        # In a thread: those of a long run take 50 ms, and its traces twice that.
+        return await asyncio.to_thread(
+            lambda: [Stored(row.number, row.at, codec.decode(row.kind, row.body)) for row in rows]
+        )
 
     @_whole
     async def trace(self, run_id: str, slot: Slot) -> Trace | None:
@@ -663,7 +677,9 @@ class RunStore:
             query = query.where(found.round == round)
         async with self._database.reading() as connection:
             rows = (await connection.execute(query.order_by(found.round, found["index"]))).all()
-        return {Slot(row.round, row.place): codec.decode_trace(row.body) for row in rows}
+        return await asyncio.to_thread(
+            lambda: {Slot(row.round, row.place): codec.decode_trace(row.body) for row in rows}
+        )
 
     async def wait(self, run_id: str, after: int, timeout_s: float) -> Progress:
         """Wait until a run has gone beyond `after` or has ended, or for `timeout_s`; how far it is then.
@@ -753,9 +769,9 @@ class RunStore:
                     self._bells.poll_s = _LISTENING_POLL_S
                     self._bells.ring_all()  # for what was said while nobody listened
                     await lost.wait()
+                    log.warning("no notifications", store=self.name)
             self._bells.poll_s = _POLL_S
             self._bells.ring_all()  # they find out whether the database is gone too
-            log.warning("no notifications", store=self.name)
             await asyncio.sleep(_RECONNECT_S)
 
     @_whole

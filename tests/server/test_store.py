@@ -198,7 +198,6 @@ async def test_an_append_that_fails_leaves_nothing(store_url: str) -> None:
 async def test_a_frozen_owner_is_fenced(store_url: str) -> None:
     async with opened(store_url, "frozen", lease_s=SHORT_S) as (frozen,), opened(store_url, "taker") as (taker,):
         claim = await frozen.create(new(), [EVENT])
-        assert await taker.claim_lost(9) == []
         await asyncio.sleep(SHORT_S * 1.3)
         assert await frozen.append(claim, [EVENT]) == 2  # late, but nobody has taken it
         await asyncio.sleep(SHORT_S * 1.3)
@@ -244,10 +243,10 @@ async def test_nobody_writes_to_a_run_that_has_ended_or_is_gone(store_url: str) 
 
 
 async def test_a_lease_that_is_renewed_is_not_lost(store_url: str) -> None:
-    async with opened(store_url, "a", lease_s=0.4) as (store,), opened(store_url, "b") as (other,):
+    async with opened(store_url, "a", lease_s=1.0) as (store,), opened(store_url, "b") as (other,):
         claims = [await store.create(new(f"run {run}")) for run in range(3)]
-        for _ in range(6):
-            await asyncio.sleep(0.1)
+        for _ in range(5):
+            await asyncio.sleep(0.25)
             assert await store.renew(claims) == ((), ())
             assert await other.claim_lost(9) == []
 
@@ -384,11 +383,11 @@ async def test_a_reader_is_woken(store_url: str, replicas: str) -> None:
         began = time.perf_counter()
         await writer.append(claim, [EVENT])
         assert await waiting[0] == await waiting[1] == Progress(1, False)
-        assert time.perf_counter() - began < 1
+        assert time.perf_counter() - began < 3
         assert not waiting[2].done()
         await writer.finish(claim, "finished")
         assert await waiting[2] == Progress(1, True)
-        assert time.perf_counter() - began < 2
+        assert time.perf_counter() - began < 3
         assert await reader.wait("run", 9, 10) == Progress(1, True)
 
 
@@ -403,6 +402,19 @@ async def test_a_reader_waits_no_longer_than_it_wants_to_nor_for_what_is_gone(st
         await other.delete("run")
         with pytest.raises(NoSuchRun):
             await waiting
+
+
+async def test_a_store_that_is_closed_says_so(store_url: str) -> None:
+    async with opened(store_url) as (store,):
+        claim = await store.create(new())
+        waiting = asyncio.create_task(store.wait("run", 0, 10))
+        written = asyncio.create_task(store.append(claim, [], after=0))
+        await asyncio.sleep(0.01)
+        await store.aclose()
+        assert await written == 0
+        for call in (waiting, store.get("run"), store.append(claim, [EVENT]), store.wait("run", 0, 10)):
+            with pytest.raises(StoreUnavailable, match="closed"):
+                await call
 
 
 async def test_many_readers_cost_one_look(store_url: str) -> None:
@@ -428,7 +440,7 @@ async def test_a_write_that_is_cancelled_is_whole_and_holds_nobody_up(store_url:
                 await asyncio.wait((task,))
             await other.create(new(f"run {delay_ms}"))
         assert await store.append(claim, [EVENT]) == 24 * 2 + 1
-        assert time.perf_counter() - began < 5
+        assert time.perf_counter() - began < 8
         assert await numbers(store) == list(range(1, 24 * 2 + 2))
 
 
@@ -487,11 +499,11 @@ async def test_a_store_that_comes_back_works_again(postgres: Postgres, template:
         assert await store.append(claim, [EVENT], after=1) == 2
         assert await other.wait("run", 1, 1) == Progress(2, False)
         waiting = asyncio.create_task(other.wait("run", 2, 10))
-        await asyncio.sleep(1.2)  # until it listens again
+        await asyncio.sleep(1.5)  # until it listens again
         began = time.perf_counter()
         await store.append(claim, [EVENT])
         assert await waiting == Progress(3, False)
-        assert time.perf_counter() - began < 1
+        assert time.perf_counter() - began < 3
 
 
 async def test_a_file_that_another_process_locks_is_unavailable_until_it_is_free(tmp_path: Path) -> None:
@@ -530,13 +542,15 @@ async def test_the_tables_that_migrations_make_are_those_that_queries_see(store_
         assert await connection.run_sync(differences) == []
 
 
-async def test_two_servers_may_make_a_file_at_once(tmp_path: Path) -> None:
-    stores = [RunStore(f"sqlite:///{tmp_path / 'runs.db'}", owner=name, lease_s=9) for name in "abc"]
-    await asyncio.gather(*(store.open() for store in stores))
-    await stores[0].create(new())
-    assert await stores[1].get("run") is not None
-    for store in stores:
-        await store.aclose()
+async def test_servers_may_make_a_file_at_once(tmp_path: Path) -> None:
+    # They locked one another out, some time in ten, while each put the file into WAL mode.
+    for round in range(6):
+        stores = [RunStore(f"sqlite:///{tmp_path / f'{round}.db'}", owner=name, lease_s=9, wait_s=3) for name in "abcd"]
+        await asyncio.gather(*(store.open() for store in stores))
+        await stores[0].create(new())
+        assert await stores[1].get("run") is not None
+        for store in stores:
+            await store.aclose()
 
 
 async def test_tables_of_another_version_are_refused(postgres: Postgres, template: str) -> None:
