@@ -107,11 +107,11 @@ async def open_journal(settings: Settings) -> Journal | None:
     Raises:
         StoreError: The database cannot be used as it is.
     """
-    if settings.database_url is None:
+    if settings.store_url is None:
         return None
     from mrsa_server.runs.store import RunStore  # a server without a store loads no database
 
-    url, owner = settings.database_url.get_secret_value(), f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
+    url, owner = settings.store_url.get_secret_value(), f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
     store = RunStore(url, owner=owner, lease_s=settings.lease_s)
     await store.open()
     return Journal(store)

@@ -22,7 +22,7 @@ _BEHIND = 1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to do, and the one setting of it that is no secret."""
-    parser.epilog = "The database is that of MRSA_DATABASE_URL, or the SQLite file in the state directory."
+    parser.epilog = "The database is that of MRSA_DATABASE_URL, or the SQLite file in --state-dir."
     parser.add_argument(
         "action",
         choices=("upgrade", "current"),
@@ -38,7 +38,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Do it; the exit status."""
     try:
         flags = {"state_dir": arguments.state_dir} if "state_dir" in arguments else {}
-        database = Database(Settings(**flags).store_url.get_secret_value())
+        url = Settings(**flags).store_url
+        if url is None:
+            return _fail("which database? Set MRSA_DATABASE_URL, or give --state-dir")
+        database = Database(url.get_secret_value())
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         return _fail(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
@@ -110,8 +109,8 @@ class Settings(BaseSettings):
     state_dir: Path | None = Field(
         None,
         title=_SERVER,
-        description="folder for what outlives the server, its SQLite file of runs above all; by default mrsa-server in "
-        "$XDG_STATE_HOME or ~/.local/state",
+        description="folder of a SQLite file in which runs outlive the server; without it, and without "
+        "MRSA_DATABASE_URL, they live in memory",
     )
     lease_s: Seconds = Field(
         10.0,
@@ -119,7 +118,7 @@ class Settings(BaseSettings):
         description="seconds after which a server that is silent has lost its runs to the next that shares the store",
     )
     database_url: SecretStr | None = Field(
-        None, description="where runs are stored if not in `state_dir`: postgresql+asyncpg://USER@HOST/NAME"
+        None, description="where runs outlive the server, of several replicas: postgresql+asyncpg://USER@HOST/NAME"
     )
 
     default_effort: Effort | None = Field(
@@ -184,14 +183,11 @@ class Settings(BaseSettings):
     )
 
     @property
-    def store_url(self) -> SecretStr:
-        """Where runs are stored."""
-        if self.database_url is not None:
+    def store_url(self) -> SecretStr | None:
+        """Where runs are stored; None where they live in memory."""
+        if self.database_url is not None or self.state_dir is None:
             return self.database_url
-        state = os.environ.get("XDG_STATE_HOME", "")
-        # The XDG rules: what is no absolute path counts as not set.
-        home = Path(state) if os.path.isabs(state) else Path.home() / ".local" / "state"
-        return SecretStr(f"sqlite+aiosqlite:///{(self.state_dir or home / 'mrsa-server').absolute() / 'runs.db'}")
+        return SecretStr(f"sqlite+aiosqlite:///{self.state_dir.absolute() / 'runs.db'}")
 
     @property
     def usual_effort(self) -> Effort:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
@@ -211,3 +213,13 @@ async def test_without_a_store_nothing_is_written(tmp_path: object) -> None:
     async with in_memory(ScriptedEngine()) as client:
         assert client.app.state.runner._journal is None  # type: ignore[attr-defined]
         assert (await client.post(CHAT, json=ask(mrsa=SIZES))).status_code == 200
+
+
+def test_a_server_without_a_store_loads_no_database() -> None:
+    said = subprocess.run(
+        [sys.executable, "-c", "import sys, mrsa_server.app; print('sqlalchemy' in sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout == "False\n"

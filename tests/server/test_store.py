@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from pydantic import SecretStr
 from sqlalchemy import Connection, text
 
 from harness.events import DeadlineReached, Event, RolloutFinished, RunFailed, RunFinished
@@ -28,7 +29,7 @@ from mrsa_server.cli import main
 from mrsa_server.runs import tables
 from mrsa_server.runs.bells import Progress
 from mrsa_server.runs.database import Database
-from mrsa_server.runs.store import Claim, Cursor, NewRun, RunFilter, RunStore
+from mrsa_server.runs.store import Claim, Cursor, Entry, NewRun, RunFilter, RunStore
 from mrsa_server.runs.store_errors import Fenced, KeyTaken, NoSuchRun, RunExists, SchemaMismatch, StoreUnavailable
 from mrsa_server.settings import Settings
 from tests.helpers.postgres import Postgres
@@ -607,13 +608,59 @@ def test_a_password_is_never_told(
     assert "hunter2" not in said.out + said.err
 
 
-def test_runs_are_kept_where_the_state_of_programs_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
-    for state, folder in (("/state", "/state"), ("", "/home/me/.local/state"), ("relative", "/home/me/.local/state")):
-        monkeypatch.setenv("XDG_STATE_HOME", state)
-        assert Settings().store_url.get_secret_value() == f"sqlite+aiosqlite:///{folder}/mrsa-server/runs.db"
+def test_runs_are_stored_where_somebody_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert Settings().store_url is None
+    assert main(["db", "current"]) == 3
+    assert "Set MRSA_DATABASE_URL, or give --state-dir" in capsys.readouterr().err
     monkeypatch.setenv("MRSA_STATE_DIR", "/elsewhere")
-    assert Settings().store_url.get_secret_value() == "sqlite+aiosqlite:////elsewhere/runs.db"
+    assert Settings().store_url == SecretStr("sqlite+aiosqlite:////elsewhere/runs.db")
+    monkeypatch.setenv("MRSA_DATABASE_URL", "postgresql://me@localhost/runs")
+    assert Settings().store_url == SecretStr("postgresql://me@localhost/runs")
+    monkeypatch.undo()
+    assert main(["db", "upgrade", "--state-dir", str(tmp_path)]) == 0
+    assert (tmp_path / "runs.db").exists()
+
+
+async def test_many_runs_are_written_in_one_transaction_and_each_is_judged_by_itself(store_url: str) -> None:
+    async with opened(store_url, "a", "b", lease_s=0.01) as (store, other):
+        claims = {name: await store.create(new(name)) for name in ("going", "ends", "ended", "taken", "wrong", "again")}
+        await store.finish(claims["ended"], "failed")
+        await store.append(claims["again"], [EVENT], after=0)
+        await asyncio.sleep(0.05)
+        gone = {claim.run_id: claim for claim in await other.claim_lost(9)}
+        for name in ("going", "ends", "wrong", "again"):  # it has them back
+            await other.release(gone[name])
+        claims |= {claim.run_id: claim for claim in await store.claim_lost(9)}
+        entries = [
+            Entry(claims["going"], [finished(0), EVENT], after=0),
+            Entry(claims["ends"], [EVENT], 0, "failed", b"why"),
+            Entry(claims["ended"], [EVENT], 0),
+            Entry(claims["taken"], [EVENT], 0),
+            Entry(claims["wrong"], [EVENT], after=3),
+            Entry(claims["again"], [EVENT], after=0),
+            Entry(Claim("never", 1, 0), [EVENT], 0),
+        ]
+        found = await store.write_many(entries)
+        assert [one if isinstance(one, int) else type(one) for one in found] == [
+            2, 1, Fenced, Fenced, ValueError, 1, Fenced,
+        ]  # fmt: skip
+        assert await store.write_many(entries[:2]) == [2, 1], "the same again is safe"
+        assert {name: await numbers(store, name) for name in claims} == {
+            "going": [1, 2], "ends": [1], "ended": [], "taken": [], "wrong": [], "again": [1],
+        }  # fmt: skip
+        assert (await store.traces("going")).keys() == {Slot(0, 0)}
+        runs = {run.run_id: run for run in await store.list_runs()}
+        assert {name: run.status for name, run in runs.items()} == {
+            "going": "running", "ends": "failed", "ended": "failed", "taken": "queued", "wrong": "queued",
+            "again": "running",
+        }  # fmt: skip
+        assert runs["ends"].ended_at is not None
+        assert runs["ends"].owner is None
+        ended = await store.get("ends")
+        assert ended is not None
+        assert ended.error == b"why"
 
 
 async def test_a_store_in_memory_is_refused() -> None:
