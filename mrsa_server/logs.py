@@ -52,5 +52,5 @@ def configure(level: str, form: Literal["auto", "json", "text"]) -> None:
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).handlers = []
         logging.getLogger(name).propagate = True
-    for name in ("httpx", "httpcore"):  # a line for each engine call says nothing that ours do not
+    for name in ("httpx", "httpcore", "alembic"):  # a line for each call or plugin says nothing that ours do not
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -21,18 +21,19 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from mrsa_server import logs
 from mrsa_server.api.errors import Crowded, to_response
-from mrsa_server.app import QUIET, RequestScope, create_app, places
+from mrsa_server.app import QUIET, RequestScope, create_app, open_journal, places
 from mrsa_server.descriptors import raise_limit
 from mrsa_server.metrics import Metrics
 from mrsa_server.runs.host import EngineHost, Health
 from mrsa_server.runs.runner import Runner
+from mrsa_server.runs.store_errors import StoreError
 from mrsa_server.settings import Settings
 
 _CROWDED_S = 10
 # Python looks through what is new after 700 new objects, and through all that lives whenever that has grown by a
 # quarter: at 1,000 runs in flight it took 11 of 26 s of CPU (`tests.bench.load`). So, 0.5 of 15 s, and no more memory.
 _GARBAGE = (50_000, 10, 10)
-_FAILED = 3  # exit status of a server whose engine cannot start, as uvicorn's for a failed start
+_FAILED = 3  # exit status of a server whose engine or store cannot start, as uvicorn's for a failed start
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,6 +87,9 @@ def run(arguments: argparse.Namespace) -> int:
     parser = argparse.ArgumentParser(prog="mrsa serve", usage="mrsa serve [flags]; see mrsa serve --help")
     settings = read_settings(vars(arguments), parser)
     logs.configure(settings.log_level, settings.log_format)
+    if (trouble := asyncio.run(_trouble(settings))) is not None:
+        print(f"mrsa serve: {trouble}", file=sys.stderr)
+        return _FAILED
     raise_limit()
     room = places(settings)
     app = create_app(settings)
@@ -112,6 +116,17 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"mrsa serve: the engine cannot start: {runner.host.reason}", file=sys.stderr)
         return _FAILED
     return 0
+
+
+async def _trouble(settings: Settings) -> str | None:
+    """Why the store cannot be used, told before the server starts; None where it can, or where there is none."""
+    try:
+        journal = await open_journal(settings)
+    except (ValueError, StoreError) as error:  # the former of a URL that cannot be read
+        return str(error)
+    if journal is not None:
+        await journal.store.aclose()
+    return None
 
 
 class Unpipelined(HttpToolsProtocol):
