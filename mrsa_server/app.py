@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from harness.prompts import load_templates
 from mrsa_server import __version__
-from mrsa_server.api import chat, health, models, responses
+from mrsa_server.api import chat, health, models, responses, runs
 from mrsa_server.api.errors import NO_RETRY, ApiError, to_response
 from mrsa_server.api.idempotency import Keys
 from mrsa_server.descriptors import Places, current_limit, share_out
@@ -68,6 +68,8 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
         keys = Keys(settings.idempotency_keep_s, settings.max_idempotency_keys)
         app.state.metrics, app.state.runner, app.state.models = metrics, runner, names
         app.state.chat = chat.ChatService(settings, runner, names, templates, keys)
+        store = None if journal is None else journal.store
+        app.state.runs = runs.RunsService(store, runner, templates, settings.keep_alive_s)
         lives = [asyncio.create_task(host.run(), name="engine")]
         if journal is not None:
             lives.append(asyncio.create_task(journal.keep(), name="leases"))
@@ -93,6 +95,7 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
     )
     app.include_router(chat.router)
     app.include_router(responses.router)
+    app.include_router(runs.router)
     app.include_router(models.router)
     app.include_router(health.router)
     app.add_exception_handler(ApiError, _api_error)

@@ -6,6 +6,7 @@ ApiError
     KeyInUse           409  the idempotency key stands for another body
     RunCancelled       409  somebody ended the run
     TakenOver          503  another server goes on with the run
+    StoreAway          503  the store does not answer; a retry may succeed
     Overloaded         503  too many runs at once; a retry may succeed
     Crowded            503  too many connections at once; likewise
     ShuttingDown       503  this server is about to leave; another one may answer
@@ -101,6 +102,13 @@ class TakenOver(ApiError):
 
     def __init__(self) -> None:
         super().__init__(503, "run_taken_over", "The run goes on at another server.", headers=NO_RETRY)
+
+
+class StoreAway(ApiError):
+    """The store does not answer."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(503, "store_unavailable", reason, headers=_RETRY)
 
 
 class RunCancelled(ApiError):

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import structlog
 
 from harness.events import Event
-from mrsa_server.runs.record import NewRun
+from mrsa_server.runs.record import Ended, NewRun, StoredStatus
 from mrsa_server.runs.store_errors import Fenced, StoreUnavailable
 
 if TYPE_CHECKING:  # a server without a store loads no database
-    from mrsa_server.runs.store import Claim, Ended, RunStore, StoredStatus
+    from mrsa_server.runs.store import Claim, RunStore
 
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 2.0

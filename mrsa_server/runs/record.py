@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 RunKind = Literal["chat.completion", "response"]
+Ended = Literal["finished", "stopped", "failed", "cancelled", "refused"]
+StoredStatus = Literal["queued", "running", "finished", "stopped", "failed", "cancelled", "refused"]
 
 
 @dataclass(frozen=True, slots=True)

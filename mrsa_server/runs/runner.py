@@ -415,6 +415,10 @@ class Runner:
         run.task = asyncio.create_task(life, name=f"run {run.id}")
         run.task.add_done_callback(lambda _: self._forget(run))
 
+    def find(self, run_id: str) -> Run | None:
+        """A run that is in flight here."""
+        return next((run for run in self._runs if run.id == run_id), None)
+
     async def adopt(self) -> None:
         """Take up runs that were left behind, again and again, for as long as the server lives."""
         assert self._journal is not None

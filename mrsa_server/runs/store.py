@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, 
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 
 import structlog
 from sqlalchemy import ColumnElement, Executable, Row, and_, bindparam, delete, insert, null, or_, select, text, update
@@ -29,12 +29,8 @@ from harness.types import Slot, Trace
 from mrsa_server.runs import codec, tables
 from mrsa_server.runs.bells import Bells, Progress
 from mrsa_server.runs.database import Database
-from mrsa_server.runs.record import NewRun, RunKind
+from mrsa_server.runs.record import Ended, NewRun, RunKind, StoredStatus
 from mrsa_server.runs.store_errors import Fenced, KeyTaken, NoSuchRun, RunExists, StoreError, StoreUnavailable
-
-Unfinished = Literal["queued", "running"]
-Ended = Literal["finished", "stopped", "failed", "cancelled", "refused"]
-StoredStatus = Unfinished | Ended
 
 _CHANNEL = "mrsa_runs"
 _POLL_S = 0.25  # where nobody tells us what other processes write

@@ -102,11 +102,11 @@ async def until_ended(store: RunStore, run_id: str, timeout_s: float = 20) -> Ru
 
 
 async def only_run(store: RunStore, events: int = 1) -> str:
-    """The id of the one run, once its log has so many events."""
+    """The id of the one run that goes on, once its log has so many events."""
     async with asyncio.timeout(10):
         while True:
             for run in await store.list_runs():
-                if run.last >= events:
+                if run.last >= events and run.ended_at is None:
                     return run.run_id
             await asyncio.sleep(0.01)
 

@@ -1,0 +1,359 @@
+"""`/v1/runs`: the stored runs, what became of each of their rollouts, and their events, live and afterwards.
+
+All of it is read from the store, so that every replica says the same. Without a store there is nothing to read.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from array import array
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast, get_args
+
+import orjson
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from harness.engine import EngineDead, EngineError
+from harness.events import RunFailed, RunFinished
+from harness.markovian_rsa import State, replay
+from harness.prompts import Templates
+from harness.types import Slot, TokenIds, Trace
+from mrsa_server.api.errors import ApiError, BadRequest, EngineFailed, EngineUnavailable, RunCancelled, StoreAway
+from mrsa_server.api.sse import KEEP_ALIVE, EventStream
+from mrsa_server.api.wire import echo
+from mrsa_server.runs.codec import KINDS, Undecodable
+from mrsa_server.runs.record import RunKind, StoredStatus
+from mrsa_server.runs.runner import Runner
+from mrsa_server.runs.store_errors import NoSuchRun, StoreUnavailable
+from mrsa_server.settings import Effort
+
+if TYPE_CHECKING:  # a server without a store loads no database
+    from mrsa_server.runs.store import RunStore, RunSummary, Stored, StoredRun
+
+router = APIRouter()
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}", re.ASCII)  # a database may choke on others
+_MOST_RUNS = 100  # on a page
+_USUAL_RUNS = 20
+_EVENTS = 100  # read at once
+
+
+@dataclass(frozen=True, slots=True)
+class RunsService:
+    """What the routes need of the server; `store` is None where runs live in memory."""
+
+    store: RunStore | None
+    runner: Runner
+    templates: Templates
+    keep_alive_s: float
+
+
+def _store(request: Request) -> tuple[RunsService, RunStore]:
+    service: RunsService = request.app.state.runs
+    if service.store is None:
+        raise ApiError(
+            404, "runs_not_stored", "This server stores no runs: start it with --state-dir or MRSA_DATABASE_URL."
+        )
+    return service, service.store
+
+
+@router.get("/v1/runs")
+async def list_runs(request: Request) -> Response:
+    """A page of runs, the newest first; by `status`, `model`, `kind`, from the run `after` on, at most `limit`."""
+    from mrsa_server.runs.store import RunFilter  # it is there, since there is a store
+
+    _, store = _store(request)
+    asked = _query(request, {"limit", "after", "status", "model", "kind"})
+    limit = _integer(asked, "limit", 1, _MOST_RUNS, _USUAL_RUNS)
+    status = tuple(asked.get("status", "").split(",")) if "status" in asked else ()
+    for one in status:
+        _one_of(one, "status", get_args(StoredStatus))
+    if "kind" in asked:
+        _one_of(asked["kind"], "kind", get_args(RunKind))
+    which = RunFilter(
+        status=cast("tuple[StoredStatus, ...]", status),
+        model=asked.get("model"),
+        kind=cast("RunKind | None", asked.get("kind")),
+    )
+    try:
+        last = await store.get(asked["after"]) if _NAME.fullmatch(asked.get("after", "")) else None
+        if "after" in asked and last is None:
+            raise BadRequest(f"after: there is no run {asked['after'][:128]!r}", "after")
+        if not asked.get("model", "").isprintable():
+            raise BadRequest("model: must be printable", "model")
+        found = await store.list_runs(which, before=last.cursor if last else None, limit=limit + 1)
+    except StoreUnavailable as error:
+        raise StoreAway(str(error)) from None
+    page = found[:limit]
+    return _json(
+        {
+            "object": "list",
+            "data": [_summary(run) for run in page],
+            "first_id": page[0].run_id if page else None,
+            "last_id": page[-1].run_id if page else None,
+            "has_more": len(found) > limit,
+        }
+    )
+
+
+@router.get("/v1/runs/{run_id}")
+async def get_run(request: Request, run_id: str) -> Response:
+    """A run with all its rounds and rollouts, who reads whom, tails, answers and usage."""
+    service, store = _store(request)
+    run = await _find(store, run_id)
+    return _json(_tree(run, await _log(store, run_id), service.templates))
+
+
+@router.delete("/v1/runs/{run_id}")
+async def cancel_run(request: Request, run_id: str) -> Response:
+    """End a run, wherever it is; one that has ended stays as it is."""
+    service, store = _store(request)
+    run = await _find(store, run_id)
+    try:
+        if run.ended_at is None and await store.request_cancel(run_id):
+            here = service.runner.find(run_id)
+            if here is not None:  # elsewhere its owner learns of it when it renews its lease
+                here.cancel(RunCancelled())
+    except StoreUnavailable as error:
+        raise StoreAway(str(error)) from None
+    return _json({**_summary(run), "cancel_requested": run.ended_at is None})
+
+
+@router.get("/v1/runs/{run_id}/events")
+async def run_events(request: Request, run_id: str) -> Response:
+    """The events of a run as a stream, numbered by `id:`; from `after` or `Last-Event-ID` on, up to its end.
+
+    Once there is nothing more to come the answer is a 204, at which a browser's EventSource asks no more.
+    """
+    service, store = _store(request)
+    asked = _query(request, {"after"})
+    if "after" not in asked and "last-event-id" in request.headers:
+        asked = {"after": request.headers["last-event-id"]}
+    after = _integer(asked, "after", 0, 2**31 - 1, 0)
+    run = await _find(store, run_id)
+    if run.ended_at is not None and after >= run.last:
+        return Response(status_code=204)
+    return EventStream(lambda: _frames(store, run_id, after, service.keep_alive_s), _broken)
+
+
+@router.get("/v1/runs/{run_id}/export")
+async def export_run(request: Request, run_id: str) -> Response:
+    """The log of a run as JSON lines."""
+    _, store = _store(request)
+    await _find(store, run_id)
+    lines = [orjson.dumps(_numbered(stored), default=_plain) for stored in await _log(store, run_id)]
+    return Response(b"".join(line + b"\n" for line in lines), media_type="application/jsonl")
+
+
+@router.get("/v1/runs/{run_id}/traces/{round}/{index}")
+async def run_trace(request: Request, run_id: str, round: str, index: str) -> Response:
+    """All that one rollout generated, as ids and, where the engine is up, as text."""
+    service, store = _store(request)
+    await _find(store, run_id)
+    place = {"round": round, "index": index}
+    slot = Slot(_integer(place, "round", 0, 10_000, 0), _integer(place, "index", 0, 1_000_000, 0))
+    try:
+        trace = await store.trace(run_id, slot)
+    except StoreUnavailable as error:
+        raise StoreAway(str(error)) from None
+    if trace is None:
+        raise ApiError(404, "not_found", f"Run {run_id} has no trace of rollout {slot.index} of round {slot.round}.")
+    return _json(await _told(service, trace) | {"run_id": run_id, "round": slot.round, "index": slot.index})
+
+
+async def _told(service: RunsService, trace: Trace) -> dict[str, object]:
+    ids, engine = trace.token_ids, service.runner.host.engine
+    reasoning: str | None
+    answer: str | None
+    try:
+        await service.runner.host.wait_up(0)
+        reasoning = await engine.decode(ids[slice(*trace.reasoning)])
+        answer = await engine.decode(ids[slice(*trace.answer)])
+    except (EngineDead, EngineUnavailable):
+        reasoning = answer = None  # the ids are what was asked for; the words need the model's vocabulary
+    except EngineError as error:
+        raise EngineFailed(f"the trace cannot be decoded: {error}") from None
+    return {
+        "object": "run.trace",
+        "reasoning": reasoning,
+        "answer": answer,
+        "reasoning_span": trace.reasoning,
+        "answer_span": trace.answer,
+        "token_ids": ids,
+    }
+
+
+async def _frames(store: RunStore, run_id: str, after: int, keep_alive_s: float) -> AsyncGenerator[bytes, None]:
+    while True:
+        try:
+            found = await store.events(run_id, after, _EVENTS)
+            if not found:
+                progress = await store.wait(run_id, after, keep_alive_s)
+        except StoreUnavailable as error:
+            raise StoreAway(str(error)) from None
+        except NoSuchRun:  # it was deleted while somebody read it
+            return
+        if found:
+            after = found[-1].number
+            yield b"".join(map(_frame, found))
+        elif progress.last <= after and progress.ended:
+            return
+        elif progress.last <= after:
+            yield KEEP_ALIVE
+
+
+def _frame(stored: Stored) -> bytes:
+    data = orjson.dumps(_numbered(stored), default=_plain)
+    kind = KINDS[type(stored.event)]
+    return b"id: %d\nevent: %s\ndata: %s\n\n" % (stored.number, kind.encode(), data)
+
+
+def _numbered(stored: Stored) -> dict[str, object]:
+    return {"number": stored.number, "at": stored.at, "kind": KINDS[type(stored.event)], "event": stored.event}
+
+
+def _broken(error: ApiError) -> bytes:
+    return b"event: error\ndata: " + orjson.dumps(error.body()) + b"\n\n"
+
+
+async def _find(store: RunStore, run_id: str) -> StoredRun:
+    try:
+        run = await store.get(run_id) if _NAME.fullmatch(run_id) else None
+    except StoreUnavailable as error:
+        raise StoreAway(str(error)) from None
+    if run is None:
+        raise ApiError(404, "not_found", f"There is no run {run_id!r}.")
+    return run
+
+
+async def _log(store: RunStore, run_id: str) -> list[Stored]:
+    try:
+        return await store.events(run_id)
+    except StoreUnavailable as error:
+        raise StoreAway(str(error)) from None
+    except Undecodable as error:
+        raise ApiError(500, "run_unreadable", f"The run was written by another version: {error}.") from None
+
+
+def _summary(run: RunSummary) -> dict[str, object]:
+    return {
+        "id": run.run_id,
+        "object": "run",
+        "kind": run.kind,
+        "status": run.status,
+        "model": run.model,
+        "effort": run.effort,
+        "background": run.background,
+        "created_at": run.created_at,
+        "deadline_at": run.deadline_at,
+        "ended_at": run.ended_at,
+        "seconds": round((run.ended_at or time.time()) - run.created_at, 3),
+        "events": run.last,
+        "cancel_requested": run.cancel_requested,
+        "metadata": dict(run.metadata),
+    }
+
+
+def _tree(run: StoredRun, log: list[Stored], templates: Templates) -> dict[str, object]:
+    found = _summary(run) | {"error": None if run.error is None else orjson.loads(run.error)["error"]}
+    if not log:
+        return found
+    try:
+        state = replay([stored.event for stored in log], templates)
+    except ValueError as error:
+        raise ApiError(500, "run_unreadable", f"The run cannot be read: {error}.") from None
+    outcome, usage = state.outcome, state.usage
+    found["params"] = echo(state.params, Effort(run.effort or Effort.NONE))
+    found["usage"] = usage
+    found["lost_tokens"] = state.charged_tokens
+    found["rounds"] = [_round(state, number) for number in range(state.params.rounds + 1)]
+    if isinstance(outcome, RunFinished):
+        found["stopped"] = outcome.stopped
+        found["answers"] = [
+            {**slot._asdict(), "votes": votes, "content": state.rollouts[slot].answer}
+            for slot, votes in zip(outcome.candidates, outcome.votes, strict=True)
+        ]
+    elif isinstance(outcome, RunFailed) and found["error"] is None:
+        found["error"] = {"message": outcome.reason}
+    return found
+
+
+def _round(state: State, number: int) -> dict[str, object]:
+    stats = state.stats[number]
+    slots = sorted(
+        slot
+        for slot in {*state.needed, *state.rollouts, *state.lost, *state.running, *state.shortcuts}
+        if slot.round == number
+    )
+    return {
+        "round": number,
+        "skipped": state.skipped[number],
+        "failed": stats.failed,
+        "usage": stats.usage,
+        "rollouts": [_rollout(state, slot) for slot in slots],
+    }
+
+
+def _rollout(state: State, slot: Slot) -> dict[str, object]:
+    rollout = state.rollouts.get(slot)
+    found: dict[str, object] = {
+        "index": slot.index,
+        "status": _status(state, slot),
+        "reads": [source.index for source in state.inputs(slot)] if state.sets else [],
+    }
+    if rollout is not None:
+        found |= {
+            "finish": rollout.finish,
+            "tokens": rollout.usage.completion_tokens,
+            "seconds": round(rollout.seconds, 3),
+            "tail": rollout.tail.text,
+            "answer": rollout.answer,
+        }
+    return found
+
+
+def _status(state: State, slot: Slot) -> str:
+    if slot in state.shortcuts:
+        return "skipped"
+    if slot in state.rollouts:
+        return "finished"
+    if slot in state.lost:
+        return "lost"
+    return "running" if slot in state.running else "waiting"
+
+
+def _json(body: object) -> Response:
+    return Response(orjson.dumps(body, default=_plain), media_type="application/json")
+
+
+def _plain(value: object) -> object:
+    """What orjson does not know: places by name, sets and ids as lists."""
+    if isinstance(value, Slot):
+        return value._asdict()
+    if isinstance(value, tuple | array):
+        return list(cast(TokenIds, value))
+    raise TypeError(type(value).__name__)
+
+
+def _query(request: Request, known: set[str]) -> dict[str, str]:
+    for name in request.query_params:
+        if name not in known:
+            raise BadRequest(f"{name}: is no parameter here; known are {', '.join(sorted(known))}", name)
+    return dict(request.query_params)
+
+
+def _integer(asked: dict[str, str], name: str, low: int, high: int, usual: int) -> int:
+    given = asked.get(name)
+    if given is None:
+        return usual
+    if not (given.isascii() and given.isdigit() and len(given) < 12 and low <= int(given) <= high):
+        raise BadRequest(f"{name}: must be a whole number between {low} and {high}, not {given[:64]!r}", name)
+    return int(given)
+
+
+def _one_of(given: str, name: str, known: tuple[str, ...]) -> None:
+    if given not in known:
+        raise BadRequest(f"{name}: must be one of {', '.join(known)}, not {given[:64]!r}", name)
