@@ -27,6 +27,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from mrsa_server.client import base_url, message_of
 from mrsa_server.settings import Effort
 
 _START_S = 600.0  # a first start converts the model
@@ -124,8 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def _server(arguments: argparse.Namespace, console: Console) -> Iterator[tuple[str, bool]]:
     """The server to ask, and whether it was started for this question."""
-    url = (arguments.url or "http://127.0.0.1:8000").rstrip("/").removesuffix("/v1")
-    url = url if "://" in url else f"http://{url}"
+    url = base_url(arguments.url)
     if not arguments.start:
         if _lives(url):
             yield url, False
@@ -234,7 +234,7 @@ def _chunks(client: httpx.Client, body: dict[str, object]) -> Iterator[dict[str,
         with client.stream("POST", "/v1/chat/completions", json=body) as response:
             if response.status_code != 200:
                 response.read()
-                raise AskFailed(_message(response))
+                raise AskFailed(message_of(response))
             for line in response.iter_lines():
                 if line == "data: [DONE]":
                     return
@@ -246,13 +246,6 @@ def _chunks(client: httpx.Client, body: dict[str, object]) -> Iterator[dict[str,
     except httpx.HTTPError as error:
         raise AskFailed(f"the connection was lost: {error}") from error
     raise AskFailed("the stream ended before the answer did")
-
-
-def _message(response: httpx.Response) -> str:
-    try:
-        return str(response.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"HTTP {response.status_code}: {response.text[:300]}"
 
 
 @dataclass

@@ -23,6 +23,7 @@ _COMMANDS = (
     _Command("serve", "serve the OpenAI API over an engine", "mrsa_server.serve"),
     _Command("ask", "ask a question, watch the rounds, get the answer", "mrsa_server.ask"),
     _Command("plan", "forecast wall times, tokens and cost of a load on a fleet", "mrsa_server.plan"),
+    _Command("runs", "list, show, follow, cancel and export stored runs", "mrsa_server.history"),
     _Command("db", "make or upgrade the tables that runs are stored in", "mrsa_server.db"),
 )
 

@@ -45,11 +45,13 @@ async def in_memory(
 
 
 @asynccontextmanager
-async def on_port(engine: ServedEngine | None = None, **settings: Any) -> AsyncIterator[tuple[str, FastAPI]]:
-    """The server behind uvicorn; its URL and the application."""
+async def on_port(
+    engine: ServedEngine | None = None, *, at: int = 0, **settings: Any
+) -> AsyncIterator[tuple[str, FastAPI]]:
+    """The server behind uvicorn, on a free port or `at` one; its URL and the application."""
     app = create_app(Settings(engine="scripted", **settings), engine or ScriptedEngine())
     config = uvicorn.Config(
-        app, port=0, http=Unpipelined, ws="none", lifespan="on", log_config=None, timeout_graceful_shutdown=1
+        app, port=at, http=Unpipelined, ws="none", lifespan="on", log_config=None, timeout_graceful_shutdown=1
     )
     server = uvicorn.Server(config)
     task = asyncio.create_task(server._serve())

@@ -1,0 +1,21 @@
+"""What the commands that ask a running server share: its address, and its errors in words."""
+
+from __future__ import annotations
+
+import httpx
+
+USUAL_URL = "http://127.0.0.1:8000"
+
+
+def base_url(given: str | None) -> str:
+    """The server's address, with or without a scheme and the API's path."""
+    url = (given or USUAL_URL).rstrip("/").removesuffix("/v1")
+    return url if "://" in url else f"http://{url}"
+
+
+def message_of(response: httpx.Response) -> str:
+    """What a refusal says. The response must have been read."""
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"HTTP {response.status_code}: {response.text[:300]}"
