@@ -164,16 +164,23 @@ class Journal:
         while True:
             await asyncio.sleep(self.store.lease_s / _RENEWALS)
             try:
-                renewed = await self.store.renew(list(self._books))
+                await self.renew()
             except StoreUnavailable as error:
                 log.warning("leases were not renewed", reason=str(error), runs=len(self._books))
-                continue
-            for claim in renewed.lost:
-                if (book := self._books.pop(claim, None)) is not None:
-                    book.lost()
-            for claim in renewed.cancelled:
-                if (book := self._books.get(claim)) is not None:
-                    book.cancelled()
+
+    async def renew(self) -> None:
+        """Prolong the leases, and tell the runs that were taken over or are to be ended.
+
+        Raises:
+            StoreUnavailable: As the store.
+        """
+        renewed = await self.store.renew(list(self._books))
+        for claim in renewed.lost:
+            if (book := self._books.pop(claim, None)) is not None:
+                book.lost()
+        for claim in renewed.cancelled:
+            if (book := self._books.get(claim)) is not None:
+                book.cancelled()
 
 
 async def patiently(write: Callable[[], Awaitable[T]]) -> T:

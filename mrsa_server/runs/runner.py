@@ -424,15 +424,21 @@ class Runner:
         assert self._journal is not None
         store = self._journal.store
         await self.host.wait_up(None)  # one without an engine leaves them to others
+        away = False
         while not self.draining:
             room = self._max_runs - len(self._runs)
             try:
+                await self._journal.renew()  # or it would take its own runs, after a while without the store
+                if away:  # meanwhile every lease has ended: their owners are to come first
+                    away = False
+                    await asyncio.sleep(store.lease_s)
+                    continue
                 claims = await store.claim_lost(min(_TAKEN_AT_ONCE, room)) if room > 0 else []
                 for claim in claims:
                     await self._take_up(store, claim)
             except StoreUnavailable as error:
                 log.warning("store is away", reason=str(error))
-                claims = []
+                claims, away = [], True
             if len(claims) < _TAKEN_AT_ONCE:
                 await asyncio.sleep(store.lease_s / 2)
 

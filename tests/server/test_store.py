@@ -632,7 +632,8 @@ async def test_many_runs_are_written_in_one_transaction_and_each_is_judged_by_it
         gone = {claim.run_id: claim for claim in await other.claim_lost(9)}
         for name in ("going", "ends", "wrong", "again"):  # it has them back
             await other.release(gone[name])
-        claims |= {claim.run_id: claim for claim in await store.claim_lost(9)}
+        back = {claim.run_id: claim for claim in await store.claim_lost(9)}  # the taken one too, where time flies
+        claims |= {name: claim for name, claim in back.items() if name != "taken"}
         entries = [
             Entry(claims["going"], [finished(0), EVENT], after=0),
             Entry(claims["ends"], [EVENT], 0, "failed", b"why"),
