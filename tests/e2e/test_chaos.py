@@ -62,7 +62,7 @@ class Replica:
 async def submit(replicas: list[Replica], stream: random.Random) -> None:
     """Every run is asked for until a server has answered or has broken off: then it is the servers' to end it."""
     async with (
-        httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=None)) as client,
+        httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=None)) as client,
         asyncio.TaskGroup() as tasks,
     ):
 
@@ -109,7 +109,7 @@ async def chaos(store_url: str, count: int, seed: int) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(kill())
             tasks.create_task(submit(replicas, stream))
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(180):
             while left := await store.list_runs(RunFilter(status=("queued", "running")), limit=1):
                 await store.wait(left[0].run_id, left[0].last, 1)
         await check(store)

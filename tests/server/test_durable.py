@@ -152,7 +152,7 @@ async def test_a_run_whose_client_leaves_is_cancelled_and_stays_so(store: RunSto
 
 
 async def test_a_server_that_leaves_hands_its_runs_on(store: RunStore, store_url: str) -> None:
-    async with replica(slow(0.005), store_url) as client:
+    async with replica(slow(0.02), store_url) as client:
         asking = asyncio.create_task(client.post(CHAT, json=ask(mrsa={**SIZES, "seed": 3})))
         run_id = await only_run(store, events=9)
         await client.app.state.runner.drain(0)  # type: ignore[attr-defined]
@@ -213,7 +213,7 @@ async def test_a_run_is_cancelled_from_another_replica(store: RunStore, store_ur
 
 async def test_budgets_hold_over_a_takeover(store: RunStore, store_url: str) -> None:
     budget = 2600
-    engines = [slow(0.004), slow(0.001)]
+    engines = [slow(0.02), slow(0.001)]
     async with replica(engines[0], store_url) as client:
         asking = asyncio.create_task(client.post(CHAT, json=ask(mrsa={**SIZES, "budget_tokens": budget})))
         run_id = await only_run(store, events=9)

@@ -84,7 +84,7 @@ async def test_a_run_is_watched_over_a_restart_of_its_server(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     port = free_port()
-    async with on_port(slow(0.005), state_dir=tmp_path, lease_s=0.5, at=port) as (url, app):
+    async with on_port(slow(0.02), state_dir=tmp_path, lease_s=0.5, at=port) as (url, app):
         asking = asyncio.create_task(asked(url))
         run_id = await running(url)
         watching = asyncio.create_task(runs("watch", run_id, "--url", url))
