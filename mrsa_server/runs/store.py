@@ -16,10 +16,25 @@ from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, 
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import structlog
-from sqlalchemy import ColumnElement, Executable, Row, and_, bindparam, delete, insert, null, or_, select, text, update
+from sqlalchemy import (
+    Boolean,
+    ColumnElement,
+    Executable,
+    Row,
+    and_,
+    bindparam,
+    case,
+    delete,
+    insert,
+    null,
+    or_,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -44,11 +59,14 @@ _T = TypeVar("_T")
 _runs = tables.runs.c
 _UNFINISHED = _runs.ended_at.is_(None)
 _GOING = ("queued", "running")
-_CHANGED = ("events", "status", "owner", "ended_at", "lease_until", "error")
+_CHANGED = ("events", "status", "owner", "ended_at", "lease_until", "result", "error")
 _CHANGE = (
     update(tables.runs)
     .where(_runs.run_id == bindparam("which"))
-    .values({name: bindparam(f"new_{name}") for name in _CHANGED})
+    .values(
+        {name: bindparam(f"new_{name}") for name in _CHANGED}
+        | {"idempotency_key": case((bindparam("keep_key", type_=Boolean), _runs.idempotency_key), else_=null())}
+    )
 )
 
 
@@ -77,6 +95,8 @@ class Entry:
         after: Likewise.
         status: How the run ended, or `running`.
         error: As of `finish`.
+        result: Likewise.
+        keep_key: Likewise.
     """
 
     claim: Claim
@@ -84,6 +104,8 @@ class Entry:
     after: int | None = None
     status: StoredStatus = "running"
     error: bytes | None = None
+    result: bytes | None = None
+    keep_key: bool = True
 
 
 class Renewed(NamedTuple):
@@ -269,7 +291,7 @@ class RunStore:
             RunExists: A run of this id is there already.
             StoreUnavailable: Nobody knows whether it is stored; the same again is safe.
         """
-        rows = await _rows(events, keep_traces=self._keep_traces)
+        (rows,) = await _rows([events], keep_traces=self._keep_traces)
         values = {
             "run_id": record.run_id,
             "kind": record.kind,
@@ -302,7 +324,8 @@ class RunStore:
                     )
                 ).first()
                 if made is not None:
-                    await self._insert(connection, record.run_id, 0, made[0], rows)
+                    stored = _event_rows(record.run_id, 0, made[0], rows)
+                    await _insert(connection, stored, _trace_rows(record.run_id, rows))
                     return Claim(record.run_id, 1, len(events))
         except IntegrityError as error:
             if await self._is_ours(record.run_id):
@@ -333,7 +356,7 @@ class RunStore:
             StoreUnavailable: Nobody knows whether they are stored; the same again is safe with `after`.
             ValueError: The log does not end at `after`.
         """
-        return await self._write(claim, events, after, {"status": "running"})
+        return await self._write(Entry(claim, events, after))
 
     async def finish(
         self,
@@ -365,16 +388,13 @@ class RunStore:
             StoreUnavailable: Nobody knows whether it has ended; the same again is safe.
             ValueError: The log does not end at `after`.
         """
-        values: dict[str, object] = {
-            "status": status,
-            "owner": None,
-            "ended_at": self._database.now,
-            "result": None if result is None else codec.deflate(result),
-            "error": None if error is None else codec.deflate(error),
-        }
-        if not keep_key:
-            values["idempotency_key"] = null()
-        return await self._write(claim, events, after, values)
+        return await self._write(Entry(claim, events, after, status, error, result, keep_key))
+
+    async def _write(self, entry: Entry) -> int:
+        (last,) = await self.write_many([entry])
+        if isinstance(last, int):
+            return last
+        raise last
 
     @_whole
     async def write_many(self, entries: Sequence[Entry]) -> list[int | Fenced | ValueError]:
@@ -389,7 +409,7 @@ class RunStore:
         Raises:
             StoreUnavailable: Nobody knows whether they are stored; the same again is safe where `after` is given.
         """
-        rows = await _rows_of(entries, keep_traces=self._keep_traces)
+        rows = await _rows([entry.events for entry in entries], keep_traces=self._keep_traces)
         found: list[int | Fenced | ValueError] = []
         changed: list[dict[str, object]] = []
         events: list[dict[str, object]] = []
@@ -408,7 +428,7 @@ class RunStore:
                 found.append(last)
                 if row is None or not isinstance(last, int) or row.status not in _GOING:
                     continue
-                if entry.after is not None and row.events == entry.after + len(entry.events) and entry.events:
+                if entry.events and last == row.events:
                     continue  # it was written before
                 ended = entry.status not in _GOING
                 changed.append(
@@ -419,19 +439,18 @@ class RunStore:
                         "new_owner": None if ended else self.owner,
                         "new_ended_at": row.now if ended else None,
                         "new_lease_until": row.now + self.lease_s,
+                        "new_result": None if entry.result is None else codec.deflate(entry.result),
                         "new_error": None if entry.error is None else codec.deflate(entry.error),
+                        "keep_key": entry.keep_key,
                     }
                 )
                 events += _event_rows(run_id, row.events, row.now, encoded)
                 traces += _trace_rows(run_id, encoded)
             if changed:
                 await connection.execute(_CHANGE, changed)
-            if events:
-                await connection.execute(insert(tables.events), events)
-            if traces:
-                await connection.execute(insert(tables.traces), traces)
-            for change in changed:
-                await self._notify(connection, str(change["which"]))
+            await _insert(connection, events, traces)
+            if changed:
+                await self._notify(connection, *(str(change["which"]) for change in changed))
         for change in changed:
             self._bells.ring(str(change["which"]))
         return found
@@ -702,60 +721,15 @@ class RunStore:
         return and_(_UNFINISHED, _runs.owner == self.owner, _runs.fence == claim.fence)
 
     @_whole
-    async def _write(
-        self, claim: Claim, events: Sequence[Event], after: int | None, values: Mapping[str, object]
-    ) -> int:
-        rows = await _rows(events, keep_traces=self._keep_traces)
-        held = self._held(claim) if after is None else and_(self._held(claim), _runs.events == after)
-        async with self._database.writing() as connection:
-            now = self._database.now
-            written = (
-                await connection.execute(
-                    update(tables.runs)
-                    .where(_runs.run_id == claim.run_id, held)
-                    .values(events=_runs.events + len(events), lease_until=now + self.lease_s, **values)
-                    .returning(_runs.events, now)
-                )
-            ).first()
-            if written is None:
-                return await self._why_not(connection, claim, len(events), after, cast(str, values["status"]))
-            last: int = written[0]
-            await self._insert(connection, claim.run_id, last - len(events), written[1], rows)
-            await self._notify(connection, claim.run_id)
-        self._bells.ring(claim.run_id)
-        return last
-
-    async def _why_not(
-        self, connection: AsyncConnection, claim: Claim, count: int, after: int | None, status: str
-    ) -> int:
-        """Why a write found no row: it was written before, or it is fenced."""
-        query = select(_runs.fence, _runs.status, _runs.owner, _runs.events).where(_runs.run_id == claim.run_id)
-        row = (await connection.execute(query)).first()
-        if row is None:
-            raise Fenced(claim.run_id, claim.fence, None, None)
-        if row.fence == claim.fence and row.owner in (self.owner, None):
-            ended = status != "running"  # it ends but once, whatever number its owner knows of
-            if row.status == status and (ended if after is None else row.events == after + count):
-                return cast(int, row.events)
-            if row.owner is not None:
-                raise ValueError(f"the log of {claim.run_id} ends at {row.events}, not at {after}")
-        raise Fenced(claim.run_id, claim.fence, row.fence, row.status)
-
-    @_whole
     async def _execute(self, statement: Executable) -> None:
         async with self._database.writing() as connection:
             await connection.execute(statement)
 
-    async def _insert(self, connection: AsyncConnection, run_id: str, after: int, at: float, rows: _Rows) -> None:
-        if rows.events:
-            await connection.execute(insert(tables.events), _event_rows(run_id, after, at, rows))
-        if rows.traces:
-            await connection.execute(insert(tables.traces), _trace_rows(run_id, rows))
-
-    async def _notify(self, connection: AsyncConnection, run_id: str) -> None:
+    async def _notify(self, connection: AsyncConnection, *run_ids: str) -> None:
         if self._database.postgres:  # heard once the transaction is committed, and not if it is undone
             await connection.execute(
-                text("SELECT pg_notify(:channel, :run_id)"), {"channel": _CHANNEL, "run_id": run_id}
+                text("SELECT pg_notify(:channel, :run_id)"),
+                [{"channel": _CHANNEL, "run_id": run_id} for run_id in run_ids],
             )
 
     async def _listen(self) -> None:
@@ -847,6 +821,15 @@ def _event_rows(run_id: str, after: int, at: float, rows: _Rows) -> list[dict[st
     ]
 
 
+async def _insert(
+    connection: AsyncConnection, events: list[dict[str, object]], traces: list[dict[str, object]]
+) -> None:
+    if events:
+        await connection.execute(insert(tables.events), events)
+    if traces:
+        await connection.execute(insert(tables.traces), traces)
+
+
 def _trace_rows(run_id: str, rows: _Rows) -> list[dict[str, object]]:
     return [{"run_id": run_id, "round": slot.round, "index": slot.index, "body": body} for slot, body in rows.traces]
 
@@ -860,7 +843,7 @@ def _number(row: Row[Any] | None, entry: Entry, owner: str) -> int | Fenced | Va
         return Fenced(claim.run_id, claim.fence, row.fence, row.status)
     last: int = row.events
     if row.status not in _GOING:  # it ends but once
-        again = row.status == entry.status
+        again = row.status == entry.status and entry.after in (None, last - count)
         return last if again else Fenced(claim.run_id, claim.fence, row.fence, row.status)
     if entry.after is None or last == entry.after:
         return last + count
@@ -869,20 +852,15 @@ def _number(row: Row[Any] | None, entry: Entry, owner: str) -> int | Fenced | Va
     return ValueError(f"the log of {claim.run_id} ends at {last}, not at {entry.after}")
 
 
-async def _rows_of(entries: Sequence[Entry], *, keep_traces: bool) -> list[_Rows]:
-    def encoded() -> list[_Rows]:
-        return [_encoded(entry.events, keep_traces) for entry in entries]
+async def _rows(logs: Sequence[Sequence[Event]], *, keep_traces: bool) -> list[_Rows]:
+    """Events of some runs as they are stored; in a thread where they bring traces, whose ids are many."""
 
-    if any(isinstance(event, RolloutFinished) for entry in entries for event in entry.events):
+    def encoded() -> list[_Rows]:
+        return [_encoded(events, keep_traces) for events in logs]
+
+    if any(isinstance(event, RolloutFinished) for events in logs for event in events):
         return await asyncio.to_thread(encoded)
     return encoded()
-
-
-async def _rows(events: Sequence[Event], *, keep_traces: bool) -> _Rows:
-    """Events as they are stored; in a thread where they bring traces, whose ids are many."""
-    if any(isinstance(event, RolloutFinished) for event in events):
-        return await asyncio.to_thread(_encoded, events, keep_traces)
-    return _encoded(events, keep_traces)
 
 
 def _encoded(events: Sequence[Event], keep_traces: bool) -> _Rows:
