@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from harness.prompts import load_templates
 from mrsa_server import __version__
 from mrsa_server.api import chat, health, models, responses, runs
-from mrsa_server.api.errors import NO_RETRY, ApiError, to_response
+from mrsa_server.api.errors import NO_RETRY, ApiError, StoreAway, to_response
 from mrsa_server.api.idempotency import Keys
 from mrsa_server.descriptors import Places, current_limit, share_out
 from mrsa_server.engines.build import ServedEngine, build
@@ -29,6 +29,7 @@ from mrsa_server.runs.admission import Admission
 from mrsa_server.runs.host import EngineHost
 from mrsa_server.runs.journal import Journal
 from mrsa_server.runs.runner import Runner
+from mrsa_server.runs.store_errors import StoreUnavailable
 from mrsa_server.settings import Settings
 
 log = structlog.get_logger("mrsa.http")
@@ -59,7 +60,6 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
             admission,
             metrics,
             journal=journal,
-            templates=templates,
             max_runs=settings.max_runs,
             max_queued=settings.max_queued,
             engine_wait_s=settings.engine_wait_s,
@@ -73,7 +73,7 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
         lives = [asyncio.create_task(host.run(), name="engine")]
         if journal is not None:
             lives.append(asyncio.create_task(journal.keep(), name="leases"))
-            lives.append(asyncio.create_task(runner.adopt(), name="runs left behind"))
+            lives.append(asyncio.create_task(runner.adopt(journal, templates), name="runs left behind"))
         try:
             yield
         finally:
@@ -99,6 +99,7 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
     app.include_router(models.router)
     app.include_router(health.router)
     app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(StoreUnavailable, _store_away)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_middleware(RequestScope)
     return app
@@ -128,6 +129,10 @@ def places(settings: Settings) -> Places:
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)  # registered for it alone
     return to_response(error)
+
+
+async def _store_away(request: Request, error: Exception) -> Response:
+    return to_response(StoreAway(str(error)))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -78,15 +78,12 @@ async def list_runs(request: Request) -> Response:
         model=asked.get("model"),
         kind=cast("RunKind | None", asked.get("kind")),
     )
-    try:
-        last = await store.get(asked["after"]) if _NAME.fullmatch(asked.get("after", "")) else None
-        if "after" in asked and last is None:
-            raise BadRequest(f"after: there is no run {asked['after'][:128]!r}", "after")
-        if not asked.get("model", "").isprintable():
-            raise BadRequest("model: must be printable", "model")
-        found = await store.list_runs(which, before=last.cursor if last else None, limit=limit + 1)
-    except StoreUnavailable as error:
-        raise StoreAway(str(error)) from None
+    last = await store.get(asked["after"]) if _NAME.fullmatch(asked.get("after", "")) else None
+    if "after" in asked and last is None:
+        raise BadRequest(f"after: there is no run {asked['after'][:128]!r}", "after")
+    if not asked.get("model", "").isprintable():
+        raise BadRequest("model: must be printable", "model")
+    found = await store.list_runs(which, before=last.cursor if last else None, limit=limit + 1)
     page = found[:limit]
     return _json(
         {
@@ -112,13 +109,10 @@ async def cancel_run(request: Request, run_id: str) -> Response:
     """End a run, wherever it is; one that has ended stays as it is."""
     service, store = _store(request)
     run = await _find(store, run_id)
-    try:
-        if run.ended_at is None and await store.request_cancel(run_id):
-            here = service.runner.find(run_id)
-            if here is not None:  # elsewhere its owner learns of it when it renews its lease
-                here.cancel(RunCancelled())
-    except StoreUnavailable as error:
-        raise StoreAway(str(error)) from None
+    if run.ended_at is None and await store.request_cancel(run_id):
+        here = service.runner.find(run_id)
+        if here is not None:  # elsewhere its owner learns of it when it renews its lease
+            here.cancel(RunCancelled())
     return _json({**_summary(run), "cancel_requested": run.ended_at is None})
 
 
@@ -155,10 +149,7 @@ async def run_trace(request: Request, run_id: str, round: str, index: str) -> Re
     await _find(store, run_id)
     place = {"round": round, "index": index}
     slot = Slot(_integer(place, "round", 0, 10_000, 0), _integer(place, "index", 0, 1_000_000, 0))
-    try:
-        trace = await store.trace(run_id, slot)
-    except StoreUnavailable as error:
-        raise StoreAway(str(error)) from None
+    trace = await store.trace(run_id, slot)
     if trace is None:
         raise ApiError(404, "not_found", f"Run {run_id} has no trace of rollout {slot.index} of round {slot.round}.")
     return _json(await _told(service, trace) | {"run_id": run_id, "round": slot.round, "index": slot.index})
@@ -220,10 +211,7 @@ def _broken(error: ApiError) -> bytes:
 
 
 async def _find(store: RunStore, run_id: str) -> StoredRun:
-    try:
-        run = await store.get(run_id) if _NAME.fullmatch(run_id) else None
-    except StoreUnavailable as error:
-        raise StoreAway(str(error)) from None
+    run = await store.get(run_id) if _NAME.fullmatch(run_id) else None
     if run is None:
         raise ApiError(404, "not_found", f"There is no run {run_id!r}.")
     return run
@@ -232,8 +220,6 @@ async def _find(store: RunStore, run_id: str) -> StoredRun:
 async def _log(store: RunStore, run_id: str) -> list[Stored]:
     try:
         return await store.events(run_id)
-    except StoreUnavailable as error:
-        raise StoreAway(str(error)) from None
     except Undecodable as error:
         raise ApiError(500, "run_unreadable", f"The run was written by another version: {error}.") from None
 

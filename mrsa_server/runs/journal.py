@@ -63,15 +63,19 @@ class Book:
         except Fenced as fenced:
             log.warning("run was taken over", run_id=self.claim.run_id, reason=str(fenced))
         finally:
-            self._journal.forget(self)
+            self.forget()
 
     async def release(self) -> None:
         """Let whoever comes first go on with the run; its lease ends by itself where the store is away."""
-        self._journal.forget(self)
+        self.forget()
         try:
             await self._journal.store.release(self.claim)
         except StoreUnavailable as error:
             log.warning("run was not released", run_id=self.claim.run_id, reason=str(error))
+
+    def forget(self) -> None:
+        """The lease is nobody's concern here any more."""
+        self._journal.forget(self)
 
 
 class _Waiting(NamedTuple):

@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import orjson
@@ -54,13 +55,14 @@ from mrsa_server.api.errors import (
 from mrsa_server.engines.build import ServedEngine
 from mrsa_server.metrics import Metrics, RunStatus
 from mrsa_server.runs.admission import Admission
+from mrsa_server.runs.codec import Undecodable
 from mrsa_server.runs.host import EngineHost
 from mrsa_server.runs.journal import Book, Journal
 from mrsa_server.runs.record import NewRun
-from mrsa_server.runs.store_errors import Fenced, StoreError, StoreUnavailable
+from mrsa_server.runs.store_errors import Fenced, StoreUnavailable
 
 if TYPE_CHECKING:  # a server without a store loads no database
-    from mrsa_server.runs.store import Claim, RunStore, StoredRun
+    from mrsa_server.runs.store import Claim
 
 # An engine that dies again before any rollout has ended is not worth a sixth try.
 _MOST_DEATHS = 5
@@ -211,6 +213,7 @@ class Run:
 
     Attributes:
         id: Its name, everywhere.
+        begun: When it was submitted, on the loop's clock: waiting counts against its deadline.
         state: The run so far; None until it is prepared.
         traces: Of the last round; a reader that shows its reasoning needs them.
         error: Why it has no answer.
@@ -222,6 +225,7 @@ class Run:
     """
 
     id: str
+    begun: float
     deadline: float | None = None
     cancelled: bool = False
     state: State | None = None
@@ -356,7 +360,6 @@ class Runner:
         max_queued: int,
         engine_wait_s: float,
         journal: Journal | None = None,
-        templates: Templates | None = None,
     ) -> None:
         self.host = host
         self.draining = False
@@ -367,7 +370,6 @@ class Runner:
         self._max_queued = max_queued
         self._engine_wait_s = engine_wait_s
         self._journal = journal
-        self._templates = templates
         self._closing: set[asyncio.Task[None]] = set()  # books of runs that have ended
         self._places = asyncio.Semaphore(max_runs)
         self._runs: set[Run] = set()
@@ -404,101 +406,85 @@ class Runner:
         if alive >= self._max_runs + self._max_queued:
             self._metrics.count_rejection("overloaded")
             raise Overloaded(self._max_runs, alive - self._max_runs)
-        run = Run(run_id)
+        run = Run(run_id, asyncio.get_running_loop().time())
         if deadline_s is not None:
-            run.deadline = asyncio.get_running_loop().time() + deadline_s
-        self._let_go(run, self._own(run, prepare, deadline_s, record))
+            run.deadline = run.begun + deadline_s
+        self._let_go(run, partial(self._begin, run, prepare, deadline_s, record))
         return run
 
-    def _let_go(self, run: Run, life: Coroutine[None, None, None]) -> None:
+    def _let_go(self, run: Run, life: Callable[[], Awaitable[None]]) -> None:
         self._runs.add(run)
-        run.task = asyncio.create_task(life, name=f"run {run.id}")
+        run.task = asyncio.create_task(self._own(run, life), name=f"run {run.id}")
         run.task.add_done_callback(lambda _: self._forget(run))
 
     def find(self, run_id: str) -> Run | None:
         """A run that is in flight here."""
         return next((run for run in self._runs if run.id == run_id), None)
 
-    async def adopt(self) -> None:
-        """Take up runs that were left behind, again and again, for as long as the server lives."""
-        assert self._journal is not None
-        store = self._journal.store
+    async def adopt(self, journal: Journal, templates: Templates) -> None:
+        """Take up runs that were left behind, again and again, for as long as the server lives.
+
+        Args:
+            journal: Where they are.
+            templates: The wording that they have to have been started with.
+        """
+        store = journal.store
         await self.host.wait_up(None)  # one without an engine leaves them to others
         away = False
         while not self.draining:
             room = self._max_runs - len(self._runs)
             try:
-                await self._journal.renew()  # or it would take its own runs, after a while without the store
+                await journal.renew()  # or it would take its own runs, after a while without the store
                 if away:  # meanwhile every lease has ended: their owners are to come first
                     away = False
                     await asyncio.sleep(store.lease_s)
                     continue
                 claims = await store.claim_lost(min(_TAKEN_AT_ONCE, room)) if room > 0 else []
                 for claim in claims:
-                    await self._take_up(store, claim)
+                    await self._take_up(journal, claim, templates)
             except StoreUnavailable as error:
                 log.warning("store is away", reason=str(error))
                 claims, away = [], True
             if len(claims) < _TAKEN_AT_ONCE:
                 await asyncio.sleep(store.lease_s / 2)
 
-    async def _take_up(self, store: RunStore, claim: Claim) -> None:
-        record = await store.get(claim.run_id)
+    async def _take_up(self, journal: Journal, claim: Claim, templates: Templates) -> None:
+        record = await journal.store.get(claim.run_id)
         if record is None:
             return
-        run = Run(claim.run_id, adopted=True)
+        unix_to_loop = asyncio.get_running_loop().time() - time.time()
+        # Another server's clock may be ahead of this one's.
+        run = Run(claim.run_id, min(record.created_at, time.time()) + unix_to_loop, adopted=True)
         if record.deadline_at is not None:
-            run.deadline = asyncio.get_running_loop().time() + record.deadline_at - time.time()
-        assert self._journal is not None
-        run.book = self._journal.take(claim, *_ends(run))
-        self._let_go(run, self._own_again(run, store, record))
+            run.deadline = record.deadline_at + unix_to_loop
+        run.book = journal.take(claim, *_ends(run))
+        self._let_go(run, partial(self._go_on, run, journal, templates))
 
-    async def _own_again(self, run: Run, store: RunStore, record: StoredRun) -> None:
+    async def _go_on(self, run: Run, journal: Journal, templates: Templates) -> None:
         """The further life of a run that was left behind."""
-        clock = asyncio.get_running_loop().time
-        start = clock() - max(0.0, time.time() - record.created_at)
-        status: RunStatus = "cancelled"
+        events = [stored.event for stored in await journal.store.events(run.id)]
+        if not events:
+            raise ApiError(500, "run_lost", "The run was lost before it had begun.", headers=NO_RETRY)
         try:
-            events = [stored.event for stored in await store.events(run.id)]
-            if not events:
-                raise ApiError(500, "run_lost", "The run was lost before it had begun.", headers=NO_RETRY)
-            assert self._templates is not None  # there is a journal
-            try:
-                run.state = replay(events, self._templates)
-            except ValueError as error:
-                raise ApiError(500, "run_lost", f"The run cannot go on: {error}.", headers=NO_RETRY) from None
-            log.info("run is taken up", run_id=run.id, events=len(events), rollouts=len(run.state.rollouts))
-            if run.state.outcome is None:
-                await self._enter()
-                try:
-                    await self.host.wait_up(None)
-                    await self._drive(run, Watch.NONE, start)
-                finally:
-                    self._leave()
-            run.error, status = _verdict(run.state, run.failures)
-        except ApiError as error:
-            run.error, status = error, "refused" if error.status < 500 else "failed"
-        except StoreError as error:
-            self._give_up(run, error)
-        except Exception:
-            log.exception("run broke", run_id=run.id)
-            run.error = ApiError(500, "internal_error", "The server failed; the run has no answer.", headers=NO_RETRY)
-            status = "failed"
+            run.state = replay(events, templates)
+        except ValueError as error:
+            raise ApiError(500, "run_lost", f"The run cannot go on: {error}.", headers=NO_RETRY) from None
+        log.info("run is taken up", run_id=run.id, events=len(events), rollouts=len(run.state.rollouts))
+        if run.state.outcome is not None:
+            return
+        await self._enter()
+        try:
+            await self.host.wait_up(None)
+            await self._drive(run, Watch.NONE)
         finally:
-            self._report(run, status, clock() - start)
-            self._close(run, status)
-
-    def _give_up(self, run: Run, error: StoreError) -> None:
-        """A run is another server's, or its log cannot be read: whoever reads it here has to come again."""
-        log.warning("run is given up", run_id=run.id, reason=str(error))
-        run.error = TakenOver()
+            self._leave()
 
     def _close(self, run: Run, status: RunStatus) -> None:
         """Write down how a run ended, or leave it to others, behind the back of those who wait for its answer."""
         if run.book is None:
             return
         if isinstance(run.error, TakenOver):
-            self._journal_of(run).forget(run.book)
+            run.book.forget()
             return
         if self.draining and isinstance(run.error, ShuttingDown):
             closing = run.book.release()
@@ -508,10 +494,6 @@ class Runner:
         task = asyncio.create_task(closing, name=f"close run {run.id}")
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
-
-    def _journal_of(self, run: Run) -> Journal:
-        assert self._journal is not None  # it has a book
-        return self._journal
 
     async def drain(self, grace_s: float) -> None:
         """Let no run in any more; give those in flight `grace_s` to end, then end them with an error that says so."""
@@ -536,41 +518,47 @@ class Runner:
         if self._closing:
             await asyncio.wait(self._closing, timeout=_CLOSING_S)
 
-    async def _own(self, run: Run, prepare: Prepare, deadline_s: float | None, record: NewRun | None) -> None:
-        """The whole life of a run; its only place where an error becomes its end."""
+    async def _own(self, run: Run, life: Callable[[], Awaitable[None]]) -> None:
+        """The whole life of a run here; its only place where an error becomes its end."""
         clock = asyncio.get_running_loop().time
-        start = clock()
         status: RunStatus = "cancelled"
         try:
-            try:
-                async with asyncio.timeout_at(run.deadline) as until:
-                    prepared = await self._prepare(prepare)
-                    if self._journal is not None and record is not None:
-                        await self._write_down(run, self._journal, record, prepared.state)
-                    run.state = prepared.state
-                    run.publish(prepared)
-                    await self._enter()
-            except TimeoutError:
-                if deadline_s is None or not until.expired():
-                    raise
-                raise DeadlinePassed(deadline_s) from None
-            try:
-                await self._drive(run, prepared.watch, start)
-            finally:
-                self._leave()
+            await life()
+            assert run.state is not None  # it lived
             run.error, status = _verdict(run.state, run.failures)
         except ApiError as error:
             run.error, status = error, "refused" if error.status < 500 else "failed"
-        except Fenced as error:
-            self._give_up(run, error)
+        except (Fenced, StoreUnavailable, Undecodable) as error:
+            # Another server has it, or can read what a newer one wrote: whoever reads it here has to come again.
+            log.warning("run is given up", run_id=run.id, reason=str(error))
+            run.error = TakenOver()
         except Exception:
             log.exception("run broke", run_id=run.id)
-            headers = NO_RETRY if run.clocks else ()
+            headers = NO_RETRY if run.adopted or run.clocks else ()
             run.error = ApiError(500, "internal_error", "The server failed; the run has no answer.", headers=headers)
             status = "failed"
         finally:
-            self._report(run, status, clock() - start)
+            self._report(run, status, clock() - run.begun)
             self._close(run, status)
+
+    async def _begin(self, run: Run, prepare: Prepare, deadline_s: float | None, record: NewRun | None) -> None:
+        """The life of a run that was submitted."""
+        try:
+            async with asyncio.timeout_at(run.deadline) as until:
+                prepared = await self._prepare(prepare)
+                if self._journal is not None and record is not None:
+                    await self._write_down(run, self._journal, record, prepared.state)
+                run.state = prepared.state
+                run.publish(prepared)
+                await self._enter()
+        except TimeoutError:
+            if deadline_s is None or not until.expired():
+                raise
+            raise DeadlinePassed(deadline_s) from None
+        try:
+            await self._drive(run, prepared.watch)
+        finally:
+            self._leave()
 
     async def _write_down(self, run: Run, journal: Journal, record: NewRun, state: State) -> None:
         """From here on the run outlives this server."""
@@ -605,18 +593,18 @@ class Runner:
                 await asyncio.sleep(_FIRST_PAUSE_S * 2**deaths)
         raise EngineUnavailable(self.host.reason or "it dies again and again")
 
-    async def _drive(self, run: Run, watch: Watch, begun: float) -> None:
+    async def _drive(self, run: Run, watch: Watch) -> None:
         """Run to the outcome; a dead engine is waited for, and the run goes on from where it stands.
 
         Args:
             run: The run.
             watch: Which rollouts are followed delta by delta.
-            begun: When it was submitted, on the loop's clock: waiting counts against its deadline.
         """
         clock = asyncio.get_running_loop().time
         assert run.state is not None
         params = run.state.params
-        engine = self._admission.through(self.host.engine, begun, plain=not params.rounds and params.population == 1)
+        plain = not params.rounds and params.population == 1
+        engine = self._admission.through(self.host.engine, run.begun, plain=plain)
         lost_tokens: int | None = None
         deaths, ended = 0, 0
         while True:
@@ -625,7 +613,7 @@ class Runner:
                 engine,
                 watch=watch,
                 judge=self._judge,
-                elapsed_s=clock() - begun,
+                elapsed_s=clock() - run.begun,
                 lost_tokens=lost_tokens,
             ) as events:
                 try:

@@ -226,6 +226,21 @@ async def test_budgets_hold_over_a_takeover(store: RunStore, store_url: str) -> 
     assert state.usage.completion_tokens + state.charged_tokens <= budget
 
 
+async def test_a_run_that_a_newer_version_wrote_is_left_to_it(store: RunStore, store_url: str) -> None:
+    async with replica(slow(0.02), store_url) as client:
+        asking = asyncio.create_task(client.post(CHAT, json=ask(mrsa=SIZES)))
+        run_id = await only_run(store, events=3)
+        await client.app.state.runner.drain(0)  # type: ignore[attr-defined]
+        await asking
+    async with store._database.writing() as connection:
+        await connection.execute(tables.events.update().where(tables.events.c.number == 2).values(kind="of_tomorrow"))
+    async with replica(slow(), store_url):
+        await asyncio.sleep(3 * LEASE_S)
+    run = await store.get(run_id)
+    assert run is not None
+    assert run.ended_at is None
+
+
 async def test_runs_stand_still_while_their_store_is_away_and_then_go_on(postgres: Postgres, template: str) -> None:
     url = postgres.url(postgres.make(template))
     async with replica(slow(0.01), url) as client, replica(slow(0.01), url) as other:
