@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
-from mrsa_server.runs.database import Database
+from mrsa_server.runs.store import RunStore
 from tests.helpers.postgres import WANTED, Postgres, running
+from tests.helpers.replicas import LEASE_S, upgrade
 
 
 @pytest.fixture(scope="session")
@@ -28,12 +29,7 @@ def template(postgres: Postgres) -> str:
     """A database with this version's tables, to be copied."""
     name = postgres.make()
 
-    async def upgrade() -> None:
-        database = Database(postgres.url(name))
-        await database.upgrade()
-        await database.aclose()
-
-    asyncio.run(upgrade())
+    asyncio.run(upgrade(postgres.url(name)))
     return name
 
 
@@ -44,3 +40,13 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path / 'state' / 'runs.db'}"
     server: Postgres = request.getfixturevalue("postgres")
     return server.url(server.make(request.getfixturevalue("template")))
+
+
+@pytest.fixture
+async def store(store_url: str) -> AsyncIterator[RunStore]:
+    """The test's own view of it, beside those of the servers that it starts."""
+    await upgrade(store_url)
+    found = RunStore(store_url, owner="test", lease_s=LEASE_S)
+    await found.open()
+    yield found
+    await found.aclose()

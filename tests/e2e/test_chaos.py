@@ -13,14 +13,11 @@ from contextlib import suppress
 import httpx
 import pytest
 
-from harness.events import RolloutAborted, RolloutFailed, RolloutFinished, RolloutStarted, RunResumed
-from harness.markovian_rsa import replay
-from harness.prompts import load_templates
-from harness.types import Slot
-from mrsa_server.runs.database import Database
+from harness.events import RunResumed
 from mrsa_server.runs.store import RunFilter, RunStore
 from tests.helpers.ports import free_port
 from tests.helpers.processes import wait_ready
+from tests.helpers.replicas import check_log, log_of, upgrade
 from tests.helpers.serving import CHAT, ask
 
 pytestmark = pytest.mark.e2e
@@ -38,7 +35,6 @@ SIZES = {
     "final_tokens": 400,
     "budget_tokens": BUDGET,
 }
-TEMPLATES = load_templates()
 
 
 class Replica:
@@ -126,44 +122,18 @@ async def check(store: RunStore) -> None:
     assert len(runs) >= RUNS
     statuses, resumed = Counter(run.status for run in runs), 0
     for run in runs:
-        stored = await store.events(run.run_id)
-        assert [one.number for one in stored] == list(range(1, run.last + 1)), "no gap and no double"
-        ended, running = set[Slot](), set[Slot]()
-        for one in stored:
-            match one.event:
-                case RolloutStarted(slot):
-                    assert slot not in ended | running, "what has ended is not asked for again"
-                    running.add(slot)
-                case RolloutFinished(rollout) | RolloutAborted(rollout):
-                    running.remove(rollout.slot)
-                    ended.add(rollout.slot)
-                case RolloutFailed(slot):
-                    running.remove(slot)
-                    ended.add(slot)
-                case RunResumed(slots):
-                    assert running == set(slots)
-                    running.clear()
-                    resumed += 1
-        state = replay([one.event for one in stored], TEMPLATES)
-        if run.status != "cancelled":
-            assert state.outcome is not None
+        log = await log_of(store, run.run_id)
+        state = check_log(log, whole=run.status != "cancelled")
+        assert len(log) == run.last
+        resumed += sum(isinstance(event, RunResumed) for event in log)
         assert state.usage.completion_tokens + state.charged_tokens <= BUDGET
     print(f"{len(runs)} runs {dict(statuses)}, taken up {resumed} times")
     assert resumed > 0, "somebody was killed at his work"
     assert statuses["finished"] + statuses["stopped"] >= 0.9 * RUNS
 
 
-def upgrade(store_url: str) -> None:
-    async def run() -> None:
-        database = Database(store_url)
-        await database.upgrade()
-        await database.aclose()
-
-    asyncio.run(run())
-
-
 def test_runs_outlive_servers_that_are_killed_at_random(store_url: str) -> None:
     """Two replicas on one Postgres; on SQLite one process that comes back."""
-    upgrade(store_url)
+    asyncio.run(upgrade(store_url))
     replicas = 1 if store_url.startswith("sqlite") else 2
     asyncio.run(chaos(store_url, replicas, seed=1))

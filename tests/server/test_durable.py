@@ -6,122 +6,28 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from typing import Any
-
-import httpx
-import pytest
 
 from harness.events import (
-    Event,
-    RolloutAborted,
-    RolloutFailed,
-    RolloutFinished,
-    RolloutStarted,
     RunFinished,
-    RunResumed,
 )
-from harness.markovian_rsa import State, replay
-from harness.prompts import load_templates
-from harness.scripted import Script, ScriptedEngine, Speed
-from harness.types import Slot
+from harness.markovian_rsa import replay
+from harness.scripted import ScriptedEngine
 from mrsa_server.runs import tables
-from mrsa_server.runs.database import Database
-from mrsa_server.runs.store import Claim, RunStore, RunSummary
+from mrsa_server.runs.store import Claim, RunStore
 from tests.helpers.postgres import Postgres
+from tests.helpers.replicas import (
+    LEASE_S,
+    SIZES,
+    TEMPLATES,
+    check_log,
+    log_of,
+    only_run,
+    replica,
+    running,
+    slow,
+    until_ended,
+)
 from tests.helpers.serving import CHAT, ask, in_memory
-
-SIZES = {"population": 4, "rounds": 2, "set_size": 2, "tail_tokens": 32, "rollout_tokens": 300, "final_tokens": 300}
-TEMPLATES = load_templates()
-LEASE_S = 0.4
-
-
-@asynccontextmanager
-async def replica(engine: ScriptedEngine, url: str, **settings: object) -> AsyncIterator[httpx.AsyncClient]:
-    async with in_memory(engine, database_url=url, lease_s=LEASE_S, **settings) as client:
-        yield client
-
-
-@pytest.fixture
-async def store(store_url: str) -> AsyncIterator[RunStore]:
-    """The test's own view of it."""
-    database = Database(store_url)
-    await database.upgrade()
-    await database.aclose()
-    found = RunStore(store_url, owner="test", lease_s=LEASE_S)
-    await found.open()
-    yield found
-    await found.aclose()
-
-
-def slow(step_s: float = 0.002) -> ScriptedEngine:
-    return ScriptedEngine(
-        lambda request: Script("x" * (60 + 40 * (request.slot.index % 3)), "\\boxed{42}"),
-        speed=Speed(step_s=step_s),
-        chunk_tokens=10,
-    )
-
-
-async def log_of(store: RunStore, run_id: str) -> list[Event]:
-    found = await store.events(run_id)
-    assert [stored.number for stored in found] == list(range(1, len(found) + 1)), "no gap and no double"
-    return [stored.event for stored in found]
-
-
-def check_log(events: Sequence[Event]) -> State:
-    """Nothing that had ended is asked for again, and all that was asked for has ended or was lost."""
-    ended, running = Counter[Slot](), set[Slot]()
-    for event in events:
-        match event:
-            case RolloutStarted(slot):
-                assert not ended[slot]
-                assert slot not in running
-                running.add(slot)
-            case RolloutFinished(rollout) | RolloutAborted(rollout):
-                ended[rollout.slot] += 1
-                running.remove(rollout.slot)
-            case RolloutFailed(slot):
-                ended[slot] += 1
-                running.remove(slot)
-            case RunResumed(slots):
-                assert running == set(slots)
-                running.clear()
-    assert not running
-    assert set(ended.values()) <= {1}
-    state = replay(events, TEMPLATES)
-    assert state.outcome is not None
-    return state
-
-
-async def until_ended(store: RunStore, run_id: str, timeout_s: float = 20) -> RunSummary:
-    async with asyncio.timeout(timeout_s):
-        while True:
-            run = await store.get(run_id)
-            if run is not None and run.ended_at is not None:
-                return run
-            await asyncio.sleep(0.05)
-
-
-async def running(client: httpx.AsyncClient, count: int) -> list[dict[str, Any]]:
-    """So many runs, once they are under way."""
-    async with asyncio.timeout(10):
-        while True:
-            found: list[dict[str, Any]] = (await client.get("/v1/runs", params={"status": "running"})).json()["data"]
-            if len(found) == count:
-                return found
-            await asyncio.sleep(0.01)
-
-
-async def only_run(store: RunStore, events: int = 1) -> str:
-    """The id of the one run that goes on, once its log has so many events."""
-    async with asyncio.timeout(10):
-        while True:
-            for run in await store.list_runs():
-                if run.last >= events and run.ended_at is None:
-                    return run.run_id
-            await asyncio.sleep(0.01)
 
 
 async def test_a_run_is_written_down_and_its_log_gives_its_answer(store: RunStore, store_url: str) -> None:

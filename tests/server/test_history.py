@@ -14,8 +14,8 @@ from structlog.testing import capture_logs
 from harness.scripted import ScriptedEngine
 from mrsa_server.cli import main
 from tests.helpers.ports import free_port
+from tests.helpers.replicas import SIZES, slow
 from tests.helpers.serving import CHAT, ask, on_port
-from tests.server.test_durable import SIZES, slow
 
 
 @pytest.fixture(autouse=True)

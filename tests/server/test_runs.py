@@ -10,10 +10,8 @@ import orjson
 import pytest
 
 from harness.scripted import ScriptedEngine
+from tests.helpers.replicas import LEASE_S, SIZES, log_of, only_run, replica, slow, until_ended
 from tests.helpers.serving import CHAT, ask, in_memory
-from tests.server.test_durable import LEASE_S, SIZES, log_of, only_run, replica, slow, store, until_ended
-
-__all__ = ["store"]  # the fixture
 
 
 async def answered(client: httpx.AsyncClient, **mrsa: Any) -> dict[str, Any]:
