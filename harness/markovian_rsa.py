@@ -179,7 +179,9 @@ class State:
         return slot in self.rollouts and bool(self.rollouts[slot].tail)
 
 
-def init(run_id: str, problem: Problem, params: Params, templates: Templates, priority: int = 0) -> State:
+def init(
+    run_id: str, problem: Problem, params: Params, templates: Templates, priority: int = 0, notes: str = ""
+) -> State:
     """A run before its first token.
 
     Args:
@@ -188,6 +190,7 @@ def init(run_id: str, problem: Problem, params: Params, templates: Templates, pr
         params: The parameters.
         templates: The wording.
         priority: Passed to the engine; lower first.
+        notes: Kept in its log, for whoever serves it.
 
     Raises:
         BudgetTooSmall: If `params.budget_tokens` cannot pay the run, with the figure that can.
@@ -199,7 +202,7 @@ def init(run_id: str, problem: Problem, params: Params, templates: Templates, pr
             raise InvalidParams(
                 name, "cannot be combined with what binds the last answer alone (stop, tools, a format, a length)"
             )
-    return _begin(RunStarted(run_id, problem, params, templates.digest, priority), templates)
+    return _begin(RunStarted(run_id, problem, params, templates.digest, priority, notes), templates)
 
 
 def _begin(started: RunStarted, templates: Templates) -> State:
@@ -556,19 +559,30 @@ def apply(state: State, event: Event) -> State:
 
 
 def replay(events: Iterable[Event], templates: Templates) -> State:
-    """The state after a log that begins with `RunStarted`.
+    """The state after a log that begins with `RunStarted`, from which the run can go on.
 
     Rollouts that had started and not ended are in `running`: a driver that takes the run up puts a `RunResumed` first.
 
     Raises:
         ValueError: If the log does not begin with `RunStarted`, or was written with another wording.
     """
+    state = fold(events, templates)
+    if state.started.templates != templates.digest:
+        began, now = state.started.templates, templates.digest
+        raise ValueError(f"the run was started with the prompts {began}, these are {now}")
+    return state
+
+
+def fold(events: Iterable[Event], templates: Templates) -> State:
+    """The state after a log, for those who only read it: the wording may be another one by now.
+
+    Raises:
+        ValueError: If the log does not begin with `RunStarted`.
+    """
     log = iter(events)
     first = next(log, None)
     if not isinstance(first, RunStarted):
         raise ValueError("a log begins with RunStarted")
-    if first.templates != templates.digest:
-        raise ValueError(f"the run was started with the prompts {first.templates}, these are {templates.digest}")
     state = _begin(first, templates)
     for event in log:
         state = apply(state, event)

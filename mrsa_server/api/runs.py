@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 from harness.engine import EngineDead, EngineError
 from harness.events import RunFailed, RunFinished
-from harness.markovian_rsa import State, replay
+from harness.markovian_rsa import State, fold
 from harness.prompts import Templates
 from harness.types import Slot, TokenIds, Trace
 from mrsa_server.api.errors import ApiError, BadRequest, EngineFailed, EngineUnavailable, RunCancelled, StoreAway
@@ -248,7 +248,7 @@ def _tree(run: StoredRun, log: list[Stored], templates: Templates) -> dict[str, 
     if not log:
         return found
     try:
-        state = replay([stored.event for stored in log], templates)
+        state = fold([stored.event for stored in log], templates)
     except ValueError as error:
         raise ApiError(500, "run_unreadable", f"The run cannot be read: {error}.") from None
     outcome, usage = state.outcome, state.usage
