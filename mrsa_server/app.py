@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from harness.prompts import load_templates
 from mrsa_server import __version__
 from mrsa_server.api import chat, health, models, responses, runs
+from mrsa_server.api.asking import AskService
 from mrsa_server.api.errors import NO_RETRY, ApiError, StoreAway, to_response
 from mrsa_server.api.idempotency import Keys
 from mrsa_server.descriptors import Places, current_limit, share_out
@@ -67,13 +68,14 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
         names = models.ModelNames(host, settings.served_model, int(time.time()))
         keys = Keys(settings.idempotency_keep_s, settings.max_idempotency_keys)
         app.state.metrics, app.state.runner, app.state.models = metrics, runner, names
-        app.state.chat = chat.ChatService(settings, runner, names, templates, keys)
         store = None if journal is None else journal.store
+        routes = {route.kind: route for route in (chat.ROUTE, responses.ROUTE)}
+        asking = app.state.asking = AskService(settings, runner, names, templates, keys, routes, store)
         app.state.runs = runs.RunsService(store, runner, templates, settings.keep_alive_s)
         lives = [asyncio.create_task(host.run(), name="engine")]
         if journal is not None:
             lives.append(asyncio.create_task(journal.keep(), name="leases"))
-            lives.append(asyncio.create_task(runner.adopt(journal, templates), name="runs left behind"))
+            lives.append(asyncio.create_task(runner.adopt(journal, templates, asking.revive), name="runs left behind"))
         try:
             yield
         finally:

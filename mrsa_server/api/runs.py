@@ -22,6 +22,7 @@ from harness.markovian_rsa import State, fold
 from harness.prompts import Templates
 from harness.types import Slot, TokenIds, Trace
 from mrsa_server.api.errors import ApiError, BadRequest, EngineFailed, EngineUnavailable, RunCancelled, StoreAway
+from mrsa_server.api.query import integer, one_of, query
 from mrsa_server.api.sse import KEEP_ALIVE, EventStream
 from mrsa_server.api.wire import echo
 from mrsa_server.runs.codec import KINDS, Undecodable
@@ -66,13 +67,13 @@ async def list_runs(request: Request) -> Response:
     from mrsa_server.runs.store import RunFilter  # it is there, since there is a store
 
     _, store = _store(request)
-    asked = _query(request, {"limit", "after", "status", "model", "kind"})
-    limit = _integer(asked, "limit", 1, _MOST_RUNS, _USUAL_RUNS)
+    asked = query(request, {"limit", "after", "status", "model", "kind"})
+    limit = integer(asked, "limit", 1, _MOST_RUNS, _USUAL_RUNS)
     status = tuple(asked.get("status", "").split(",")) if "status" in asked else ()
     for one in status:
-        _one_of(one, "status", get_args(StoredStatus))
+        one_of(one, "status", get_args(StoredStatus))
     if "kind" in asked:
-        _one_of(asked["kind"], "kind", get_args(RunKind))
+        one_of(asked["kind"], "kind", get_args(RunKind))
     which = RunFilter(
         status=cast("tuple[StoredStatus, ...]", status),
         model=asked.get("model"),
@@ -123,10 +124,10 @@ async def run_events(request: Request, run_id: str) -> Response:
     Once there is nothing more to come the answer is a 204, at which a browser's EventSource asks no more.
     """
     service, store = _store(request)
-    asked = _query(request, {"after"})
+    asked = query(request, {"after"})
     if "after" not in asked and "last-event-id" in request.headers:
         asked = {"after": request.headers["last-event-id"]}
-    after = _integer(asked, "after", 0, 2**31 - 1, 0)
+    after = integer(asked, "after", 0, 2**31 - 1, 0)
     run = await _find(store, run_id)
     if run.ended_at is not None and after >= run.last:
         return Response(status_code=204)
@@ -148,7 +149,7 @@ async def run_trace(request: Request, run_id: str, round: str, index: str) -> Re
     service, store = _store(request)
     await _find(store, run_id)
     place = {"round": round, "index": index}
-    slot = Slot(_integer(place, "round", 0, 10_000, 0), _integer(place, "index", 0, 1_000_000, 0))
+    slot = Slot(integer(place, "round", 0, 10_000, 0), integer(place, "index", 0, 1_000_000, 0))
     trace = await store.trace(run_id, slot)
     if trace is None:
         raise ApiError(404, "not_found", f"Run {run_id} has no trace of rollout {slot.index} of round {slot.round}.")
@@ -322,24 +323,3 @@ def _plain(value: object) -> object:
     if isinstance(value, tuple | array):
         return list(cast(TokenIds, value))
     raise TypeError(type(value).__name__)
-
-
-def _query(request: Request, known: set[str]) -> dict[str, str]:
-    for name in request.query_params:
-        if name not in known:
-            raise BadRequest(f"{name}: is no parameter here; known are {', '.join(sorted(known))}", name)
-    return dict(request.query_params)
-
-
-def _integer(asked: dict[str, str], name: str, low: int, high: int, usual: int) -> int:
-    given = asked.get(name)
-    if given is None:
-        return usual
-    if not (given.isascii() and given.isdigit() and len(given) < 12 and low <= int(given) <= high):
-        raise BadRequest(f"{name}: must be a whole number between {low} and {high}, not {given[:64]!r}", name)
-    return int(given)
-
-
-def _one_of(given: str, name: str, known: tuple[str, ...]) -> None:
-    if given not in known:
-        raise BadRequest(f"{name}: must be one of {', '.join(known)}, not {given[:64]!r}", name)

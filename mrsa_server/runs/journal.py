@@ -55,11 +55,11 @@ class Book:
         """
         self._last = await self._journal.write(self.claim, events, self._last)
 
-    async def close(self, status: Ended, error: bytes | None = None) -> None:
+    async def close(self, status: Ended, error: bytes | None = None, *, keep_key: bool = True) -> None:
         """The run has ended; what another server makes of it is that one's."""
         try:
             # Its last write may still be on the way, if nobody waited for it: so no number is given.
-            await self._journal.write(self.claim, (), None, status, error)
+            await self._journal.write(self.claim, (), None, status, error, keep_key=keep_key)
         except Fenced as fenced:
             log.warning("run was taken over", run_id=self.claim.run_id, reason=str(fenced))
         finally:
@@ -84,6 +84,7 @@ class _Waiting(NamedTuple):
     after: int | None
     status: StoredStatus
     error: bytes | None
+    keep_key: bool
     written: asyncio.Future[int]
 
 
@@ -107,6 +108,8 @@ class Journal:
         after: int | None,
         status: StoredStatus = "running",
         error: bytes | None = None,
+        *,
+        keep_key: bool = True,
     ) -> int:
         """Return when a run's events are on the disk; the number of the last one.
 
@@ -114,7 +117,7 @@ class Journal:
             Fenced: The run is another server's by now.
         """
         written: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(claim, events, after, status, error, written))
+        self._waiting.append(_Waiting(claim, events, after, status, error, keep_key, written))
         if self._writer is None:
             self._writer = asyncio.create_task(self._write(), name="journal")
         return await written
@@ -128,7 +131,10 @@ class Journal:
                 while self._waiting and len(batch) < _TOGETHER and self._waiting[0].claim.run_id not in batch:
                     waiting = self._waiting.popleft()
                     batch[waiting.claim.run_id] = waiting
-                entries = [Entry(one.claim, one.events, one.after, one.status, one.error) for one in batch.values()]
+                entries = [
+                    Entry(one.claim, one.events, one.after, one.status, one.error, keep_key=one.keep_key)
+                    for one in batch.values()
+                ]
                 try:
                     found: Sequence[int | Exception] = await patiently(partial(self.store.write_many, entries))
                 except Exception as error:  # whoever waits is told; the writer lives on

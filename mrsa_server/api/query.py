@@ -1,0 +1,55 @@
+"""Parameters of a URL, checked: an error names the parameter and what it may be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from fastapi import Request
+
+from mrsa_server.api.errors import BadRequest
+
+
+def query(request: Request, known: set[str]) -> dict[str, str]:
+    """The parameters of a request; of one that is repeated, the last.
+
+    Raises:
+        BadRequest: One is not among those that are known.
+    """
+    for name in request.query_params:
+        if name not in known:
+            raise BadRequest(f"{name}: is no parameter here; known are {', '.join(sorted(known))}", name)
+    return dict(request.query_params)
+
+
+def integer(asked: Mapping[str, str], name: str, low: int, high: int, usual: int) -> int:
+    """A whole number within its bounds.
+
+    Raises:
+        BadRequest: It is none.
+    """
+    given = asked.get(name)
+    if given is None:
+        return usual
+    if not (given.isascii() and given.isdigit() and len(given) < 12 and low <= int(given) <= high):
+        raise BadRequest(f"{name}: must be a whole number between {low} and {high}, not {given[:64]!r}", name)
+    return int(given)
+
+
+def boolean(asked: Mapping[str, str], name: str) -> bool:
+    """Whether a switch is on.
+
+    Raises:
+        BadRequest: It is neither on nor off.
+    """
+    return one_of(asked.get(name, "false"), name, ("true", "false")) == "true"
+
+
+def one_of(given: str, name: str, known: Sequence[str]) -> str:
+    """One of some words.
+
+    Raises:
+        BadRequest: It is none of them.
+    """
+    if given not in known:
+        raise BadRequest(f"{name}: must be one of {', '.join(known)}, not {given[:64]!r}", name)
+    return given
