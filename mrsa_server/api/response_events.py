@@ -97,7 +97,7 @@ class ResponseEvents:
     def so_far(self, status: str) -> Fields:
         """The response while its run goes on: what is there of its reasoning, the figures of nothing yet."""
         body = self._response(status, mrsa=started(state, self._reply) if (state := self._run.state) else None)
-        open_item = [] if self._reasoning is None else [self._reasoning_item()]
+        open_item = [self._reasoning_item()] if self._reasoning else []
         return {**body, "output": [*self._output, *open_item]}
 
     def queued(self) -> Iterator[bytes]:
