@@ -50,6 +50,12 @@ async def create_response(request: Request) -> Response:
     return await answer(request, ROUTE)
 
 
+@router.post("/v1/responses/compact")
+async def compact_response() -> Response:
+    """Known to clients, and not served: nothing here makes a conversation shorter."""
+    raise ApiError(404, "not_found", "Conversations are not compacted here: send what the model is to read.")
+
+
 @router.get("/v1/responses/{response_id}")
 async def get_response(request: Request, response_id: str) -> Response:
     """A response as it stands; with `stream` its events, from the one after `starting_after` on."""
