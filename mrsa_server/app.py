@@ -74,6 +74,8 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
         if journal is not None:
             lives.append(asyncio.create_task(journal.keep(), name="leases"))
             lives.append(asyncio.create_task(runner.adopt(journal, templates), name="runs left behind"))
+        for life in lives:
+            life.add_done_callback(_mourn)
         try:
             yield
         finally:
@@ -119,6 +121,11 @@ async def open_journal(settings: Settings) -> Journal | None:
     store = RunStore(url, owner=owner, lease_s=settings.lease_s)
     await store.open()
     return Journal(store)
+
+
+def _mourn(life: asyncio.Task[None]) -> None:
+    if not life.cancelled() and (error := life.exception()) is not None:
+        log.error("a part of the server broke", part=life.get_name(), exc_info=error)
 
 
 def places(settings: Settings) -> Places:

@@ -70,6 +70,7 @@ _FIRST_PAUSE_S = 0.05
 # Fewer tokens tell little of an engine's speed: the prompt and the start take their share of the seconds.
 _MEASURED_TOKENS = 512
 _CLOSING_S = 5.0  # for the last words of runs, when the server leaves; their leases end by themselves
+_LOOK_S = 1.0  # between looks for runs that were left behind
 _TAKEN_AT_ONCE = 64  # runs that were left behind; others that share the store may have room too
 # What a server answers to a request that would be refused the next time too.
 _REFUSALS = frozenset({400, 413, 422})
@@ -428,25 +429,18 @@ class Runner:
             journal: Where they are.
             templates: The wording that they have to have been started with.
         """
-        store = journal.store
         await self.host.wait_up(None)  # one without an engine leaves them to others
-        away = False
         while not self.draining:
             room = self._max_runs - len(self._runs)
+            claims: list[Claim] = []
             try:
-                await journal.renew()  # or it would take its own runs, after a while without the store
-                if away:  # meanwhile every lease has ended: their owners are to come first
-                    away = False
-                    await asyncio.sleep(store.lease_s)
-                    continue
-                claims = await store.claim_lost(min(_TAKEN_AT_ONCE, room)) if room > 0 else []
+                claims = await journal.claim_lost(min(_TAKEN_AT_ONCE, room)) if room > 0 else []
                 for claim in claims:
                     await self._take_up(journal, claim, templates)
             except StoreUnavailable as error:
                 log.warning("store is away", reason=str(error))
-                claims, away = [], True
             if len(claims) < _TAKEN_AT_ONCE:
-                await asyncio.sleep(store.lease_s / 2)
+                await asyncio.sleep(min(journal.store.lease_s / 2, _LOOK_S))
 
     async def _take_up(self, journal: Journal, claim: Claim, templates: Templates) -> None:
         record = await journal.store.get(claim.run_id)

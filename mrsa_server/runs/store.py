@@ -507,8 +507,11 @@ class RunStore:
             .where(_UNFINISHED, _runs.lease_until < now)
             .order_by(_runs.created_at, _runs.run_id)
             .limit(limit)
-            .with_for_update(skip_locked=True)
         )
+        async with self._database.reading() as connection:  # every server looks every second: without a lock
+            if (await connection.execute(lost)).first() is None:
+                return []
+        lost = lost.with_for_update(skip_locked=True)
         async with self._database.writing() as connection:
             if self._database.postgres:
                 # Read once, before the update: a subquery may be run anew for each row, and then take other rows.
@@ -592,6 +595,16 @@ class RunStore:
         return Pruned(runs, traces, keys)
 
     # Reading.
+
+    @_whole
+    async def ping(self) -> None:
+        """See whether the database answers.
+
+        Raises:
+            StoreUnavailable: It does not.
+        """
+        async with self._database.reading() as connection:
+            await connection.execute(select(1))
 
     async def get(self, run_id: str) -> StoredRun | None:
         """A run with its request and its result; None if there is none.
