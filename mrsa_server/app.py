@@ -73,7 +73,9 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
         lives = [asyncio.create_task(host.run(), name="engine")]
         if journal is not None:
             lives.append(asyncio.create_task(journal.keep(), name="leases"))
-            lives.append(asyncio.create_task(runner.adopt(journal, templates), name="runs left behind"))
+            lives.append(
+                asyncio.create_task(runner.adopt(journal, templates, lambda: names.names), name="runs left behind")
+            )
         for life in lives:
             life.add_done_callback(_mourn)
         try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -197,8 +197,12 @@ class Journal:
             if (book := self._books.get(claim)) is not None:
                 book.cancelled()
 
-    async def claim_lost(self, limit: int) -> list[Claim]:
+    async def claim_lost(self, limit: int, models: Collection[str]) -> list[Claim]:
         """Take runs that were left behind; none for a lease's time after one in which leases could not be renewed.
+
+        Args:
+            limit: As the store.
+            models: Likewise.
 
         Raises:
             StoreUnavailable: As the store.
@@ -207,7 +211,7 @@ class Journal:
             await self.renew()  # or it would take its own runs
         if time.time() < self._claims_from:
             return []
-        return await self.store.claim_lost(limit)
+        return await self.store.claim_lost(limit, models)
 
     def _renewed_within(self, share: float) -> bool:
         return 0 <= time.time() - self._renewed_at < share * self.store.lease_s

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -422,19 +422,20 @@ class Runner:
         """A run that is in flight here."""
         return next((run for run in self._runs if run.id == run_id), None)
 
-    async def adopt(self, journal: Journal, templates: Templates) -> None:
+    async def adopt(self, journal: Journal, templates: Templates, models: Callable[[], Collection[str] | None]) -> None:
         """Take up runs that were left behind, again and again, for as long as the server lives.
 
         Args:
             journal: Where they are.
             templates: The wording that they have to have been started with.
+            models: Those whose runs can go on here, as clients name them; None while they are not known.
         """
         await self.host.wait_up(None)  # one without an engine leaves them to others
         while not self.draining:
             room = self._max_runs - len(self._runs)
             claims: list[Claim] = []
             try:
-                claims = await journal.claim_lost(min(_TAKEN_AT_ONCE, room)) if room > 0 else []
+                claims = await journal.claim_lost(min(_TAKEN_AT_ONCE, room), models() or ()) if room > 0 else []
                 for claim in claims:
                     await self._take_up(journal, claim, templates)
             except StoreUnavailable as error:
@@ -452,7 +453,9 @@ class Runner:
         if record.deadline_at is not None:
             run.deadline = record.deadline_at + unix_to_loop
         run.book = journal.take(claim, *_ends(run))
-        self._let_go(run, partial(self._go_on, run, journal, templates))
+        # To end a run takes neither its engine nor its log.
+        life = partial(_end, run) if record.cancel_requested else partial(self._go_on, run, journal, templates)
+        self._let_go(run, life)
 
     async def _go_on(self, run: Run, journal: Journal, templates: Templates) -> None:
         """The further life of a run that was left behind."""
@@ -708,6 +711,12 @@ class Runner:
 def _ends(run: Run) -> tuple[Callable[[], None], Callable[[], None]]:
     """How the store ends a run: by giving it to another server, and because somebody asked for it."""
     return lambda: run.cancel(TakenOver()), lambda: run.cancel(RunCancelled())
+
+
+async def _end(run: Run) -> None:
+    """The further life of a run that was cancelled while nobody had it."""
+    run.cancel(RunCancelled())
+    await asyncio.sleep(0)
 
 
 def round_off(seconds: float) -> float:

@@ -495,8 +495,12 @@ class RunStore:
             )
 
     @_whole
-    async def claim_lost(self, limit: int) -> list[Claim]:
+    async def claim_lost(self, limit: int, models: Collection[str]) -> list[Claim]:
         """Take unfinished runs whose lease is over, the oldest first.
+
+        Args:
+            limit: Most runs.
+            models: Those that are served here. A run that is to be cancelled may be of any.
 
         Raises:
             StoreUnavailable: The database does not answer.
@@ -504,7 +508,7 @@ class RunStore:
         now = self._database.now
         lost = (
             select(_runs.run_id)
-            .where(_UNFINISHED, _runs.lease_until < now)
+            .where(_UNFINISHED, _runs.lease_until < now, or_(_runs.model.in_(models), _runs.cancel_requested))
             .order_by(_runs.created_at, _runs.run_id)
             .limit(limit)
         )

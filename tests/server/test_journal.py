@@ -44,14 +44,14 @@ async def test_after_a_time_without_renewals_a_server_keeps_its_runs_and_others_
         others = await begin(other, "other's")
         await asyncio.sleep(1.1 * LEASE_S)
         await end_leases(one)
-        assert await one.claim_lost(9) == []
-        assert await one.claim_lost(9) == [], "its own is renewed, the other may still come"
+        assert await one.claim_lost(9, ["m"]) == []
+        assert await one.claim_lost(9, ["m"]) == [], "its own is renewed, the other may still come"
         began = time.monotonic()
         async with asyncio.timeout(10):
             claims = []
             while not claims:
                 await asyncio.sleep(LEASE_S / 8)
-                claims = await one.claim_lost(9)
+                claims = await one.claim_lost(9, ["m"])
         assert time.monotonic() - began > 0.9 * LEASE_S
         assert [claim.run_id for claim in claims] == ["other's"]
         await other.renew()
@@ -63,4 +63,4 @@ async def test_runs_are_taken_at_the_next_look_where_nothing_was_missed(store_ur
         await begin(other, "run")
         await end_leases(one)
         await one.renew()
-        assert [claim.run_id for claim in await one.claim_lost(9)] == ["run"]
+        assert [claim.run_id for claim in await one.claim_lost(9, ["m"])] == ["run"]
