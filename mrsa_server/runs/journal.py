@@ -40,13 +40,13 @@ class Book:
     Attributes:
         claim: The right to write.
         lost: Called once another server has the run.
-        cancelled: Called once somebody wants it ended.
     """
 
     def __init__(self, journal: Journal, claim: Claim, lost: Callable[[], None], cancelled: Callable[[], None]) -> None:
         self.claim = claim
         self.lost = lost
-        self.cancelled = cancelled
+        self._cancelled = cancelled
+        self._told = False
         self._journal = journal
         self._last = claim.last
 
@@ -76,6 +76,12 @@ class Book:
         except StoreUnavailable as error:
             log.warning("run was not released", run_id=self.claim.run_id, reason=str(error))
 
+    def cancel(self) -> None:
+        """Somebody wants the run ended; it is told once."""
+        if not self._told:
+            self._told = True
+            self._cancelled()
+
     def forget(self) -> None:
         """The lease is nobody's concern here any more."""
         self._journal.forget(self)
@@ -104,6 +110,7 @@ class Journal:
         self._writer: asyncio.Task[None] | None = None
         self._renewed_at = time.time()  # the clock of SQLite's leases, which knows when the machine was asleep
         self._claims_from = 0.0
+        store.hear_cancels(self._cancel)
 
     async def write(
         self,
@@ -194,8 +201,12 @@ class Journal:
             if (book := self._books.pop(claim, None)) is not None:
                 book.lost()
         for claim in renewed.cancelled:
-            if (book := self._books.get(claim)) is not None:
-                book.cancelled()
+            self._cancel(claim.run_id)
+
+    def _cancel(self, run_id: str) -> None:
+        for book in self._books.values():
+            if book.claim.run_id == run_id:
+                book.cancel()
 
     async def claim_lost(self, limit: int, models: Collection[str]) -> list[Claim]:
         """Take runs that were left behind; none for a lease's time after one in which leases could not be renewed.

@@ -48,6 +48,7 @@ from mrsa_server.runs.record import Ended, NewRun, RunKind, StoredStatus
 from mrsa_server.runs.store_errors import Fenced, KeyTaken, NoSuchRun, RunExists, StoreError, StoreUnavailable
 
 _CHANNEL = "mrsa_runs"
+_CANCELS = "mrsa_cancels"
 _POLL_S = 0.25  # where nobody tells us what other processes write
 _LISTENING_POLL_S = 5.0  # beside LISTEN, in case a word was lost
 _RECONNECT_S = 1.0
@@ -242,6 +243,7 @@ class RunStore:
         self._database = Database(url, wait_s)
         self._bells = Bells(self._look, _POLL_S)
         self._listener: asyncio.Task[None] | None = None
+        self._cancelled: Callable[[str], None] = lambda run_id: None
         self._running: set[asyncio.Task[Any]] = set()  # transactions
         self._closed = False
 
@@ -261,6 +263,14 @@ class RunStore:
         await self._database.check()
         if self._database.postgres:
             self._listener = asyncio.create_task(self._listen(), name="store listen")
+
+    def hear_cancels(self, heard: Callable[[str], None]) -> None:
+        """Have `heard` called with the id of each run that is to be cancelled, whoever has it.
+
+        At once what is asked for in this process and, with Postgres, in any. It may be called twice for one request,
+        and not at all where the database was away: `renew` tells in any case.
+        """
+        self._cancelled = heard
 
     async def aclose(self) -> None:
         """Let transactions end and close every connection. Claims stay what they are until their leases end.
@@ -536,7 +546,7 @@ class RunStore:
 
     @_whole
     async def request_cancel(self, run_id: str) -> bool:
-        """Ask the owner of a run to end it, wherever it is: `renew` tells. Its idempotency key is free at once.
+        """Ask the owner of a run to end it, wherever it is (`hear_cancels`). Its idempotency key is free at once.
 
         Returns:
             Whether there was anything to cancel.
@@ -550,7 +560,11 @@ class RunStore:
                 .where(_runs.run_id == run_id, _UNFINISHED)
                 .values(cancel_requested=True, idempotency_key=null())
             )
-            return bool(found.rowcount)
+            if not found.rowcount:
+                return False
+            await self._notify(connection, run_id, channel=_CANCELS)
+        self._cancelled(run_id)
+        return True
 
     @_whole
     async def delete(self, run_id: str) -> bool:
@@ -742,17 +756,18 @@ class RunStore:
         async with self._database.writing() as connection:
             await connection.execute(statement)
 
-    async def _notify(self, connection: AsyncConnection, *run_ids: str) -> None:
+    async def _notify(self, connection: AsyncConnection, *run_ids: str, channel: str = _CHANNEL) -> None:
         if self._database.postgres:  # heard once the transaction is committed, and not if it is undone
             await connection.execute(
                 text("SELECT pg_notify(:channel, :run_id)"),
-                [{"channel": _CHANNEL, "run_id": run_id} for run_id in run_ids],
+                [{"channel": channel, "run_id": run_id} for run_id in run_ids],
             )
 
     async def _listen(self) -> None:
+        heard = {_CHANNEL: self._bells.ring, _CANCELS: lambda run_id: self._cancelled(run_id)}
         while True:
             with suppress(StoreError):
-                async with self._database.listening(_CHANNEL, self._bells.ring) as lost:
+                async with self._database.listening(heard) as lost:
                     self._bells.poll_s = _LISTENING_POLL_S
                     self._bells.ring_all()  # for what was said while nobody listened
                     await lost.wait()

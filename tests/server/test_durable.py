@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 from typing import Any
 
 from harness.events import (
@@ -118,6 +119,19 @@ async def test_a_run_is_cancelled_from_another_replica(store: RunStore, store_ur
         assert response.json()["error"]["code"] == "run_cancelled"
         run = await until_ended(store, run_id)
     assert run.status == "cancelled"
+
+
+async def test_a_cancel_takes_no_renewal_to_be_heard(store: RunStore, store_url: str) -> None:
+    async with replica(slow(0.05), store_url, lease_s=60.0) as client, replica(slow(), store_url) as other:
+        for elsewhere in (False, True) if store._database.postgres else (False,):
+            asking = asyncio.create_task(client.post(CHAT, json=ask(mrsa=SIZES)))
+            run_id = await only_run(store, events=3)
+            began = time.perf_counter()
+            for _ in range(3):  # once is enough, and more do no harm
+                await (other if elsewhere else client).delete(f"/v1/runs/{run_id}")
+            assert (await asking).status_code == 409
+            assert time.perf_counter() - began < 5  # of the 20 to its next renewal
+            assert (await until_ended(store, run_id)).status == "cancelled"
 
 
 async def left_behind(store: RunStore, store_url: str, **settings: Any) -> str:

@@ -306,6 +306,25 @@ async def test_a_cancel_reaches_the_owner_in_another_replica(store_url: str) -> 
         assert not await other.request_cancel("nothing")
 
 
+@pytest.mark.parametrize("replicas", ["a", "ab"])
+async def test_a_cancel_is_heard_at_once(store_url: str, replicas: str) -> None:
+    async with opened(store_url, *replicas) as stores:
+        heard = asyncio.Queue[str]()
+        stores[0].hear_cancels(heard.put_nowait)
+        await stores[0].create(new())
+        await asyncio.sleep(0.1)  # until it listens
+        began = time.perf_counter()
+        assert await stores[-1].request_cancel("run")
+        if len(replicas) == 2 and not stores[0]._database.postgres:
+            with pytest.raises(TimeoutError):  # another process on the same file has only `renew`
+                await asyncio.wait_for(heard.get(), 0.1)
+            return
+        assert await asyncio.wait_for(heard.get(), 5) == "run"
+        assert time.perf_counter() - began < 2
+        assert not await stores[-1].request_cancel("other")
+        assert "other" not in [heard.get_nowait() for _ in range(heard.qsize())]
+
+
 async def test_a_key_stands_for_one_run(store_url: str) -> None:
     async with opened(store_url, "a", "b") as (store, other):
         claim = await store.create(new("first", "key", b"digest"))
