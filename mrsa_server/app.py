@@ -24,7 +24,7 @@ from mrsa_server.api.errors import NO_RETRY, ApiError, StoreAway, to_response
 from mrsa_server.api.idempotency import Keys
 from mrsa_server.descriptors import Places, current_limit, share_out
 from mrsa_server.engines.build import ServedEngine, build
-from mrsa_server.metrics import Metrics
+from mrsa_server.metrics import Metrics, StoreMetrics
 from mrsa_server.runs.admission import Admission
 from mrsa_server.runs.host import EngineHost
 from mrsa_server.runs.journal import Journal
@@ -54,7 +54,7 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
             max_calls=places(settings).calls,
         )
         templates = load_templates()
-        journal = await open_journal(settings)
+        journal = await open_journal(settings, metrics)
         runner = Runner(
             host,
             admission,
@@ -109,8 +109,12 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
     return app
 
 
-async def open_journal(settings: Settings) -> Journal | None:
+async def open_journal(settings: Settings, metrics: Metrics | None = None) -> Journal | None:
     """Where runs are written down; None where they are not.
+
+    Args:
+        settings: All of them.
+        metrics: Get those of the store.
 
     Raises:
         StoreError: The database cannot be used as it is.
@@ -120,7 +124,8 @@ async def open_journal(settings: Settings) -> Journal | None:
     from mrsa_server.runs.store import RunStore  # a server without a store loads no database
 
     url, owner = settings.store_url.get_secret_value(), f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
-    store = RunStore(url, owner=owner, lease_s=settings.lease_s)
+    observer = None if metrics is None else StoreMetrics(metrics)
+    store = RunStore(url, owner=owner, lease_s=settings.lease_s, observer=observer)
     await store.open()
     return Journal(store)
 

@@ -15,7 +15,7 @@ from harness.events import (
 from harness.markovian_rsa import replay
 from harness.scripted import ScriptedEngine
 from mrsa_server.runs import tables
-from mrsa_server.runs.store import Claim, RunStore
+from mrsa_server.runs.store import RunStore
 from tests.helpers.postgres import Postgres
 from tests.helpers.replicas import (
     LEASE_S,
@@ -27,6 +27,7 @@ from tests.helpers.replicas import (
     replica,
     running,
     slow,
+    stolen,
     until_ended,
 )
 from tests.helpers.serving import CHAT, ask, in_memory
@@ -79,15 +80,6 @@ async def test_a_server_that_leaves_hands_its_runs_on(store: RunStore, store_url
     after = await log_of(store, run_id)
     assert after[: len(before)] == before
     check_log(after)
-
-
-async def stolen(store: RunStore) -> Claim:
-    """The run, taken from its owner as if that had not renewed its lease for long enough."""
-    while True:
-        async with store._database.writing() as connection:
-            await connection.execute(tables.runs.update().values(lease_until=0.0))
-        if found := await store.claim_lost(1, [MODEL]):  # unless the owner was faster
-            return found[0]
 
 
 async def test_a_server_that_freezes_is_fenced_and_its_run_ends_once(store: RunStore, store_url: str) -> None:
