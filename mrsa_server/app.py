@@ -25,7 +25,7 @@ from mrsa_server.api.errors import NO_RETRY, ApiError, StoreAway, to_response
 from mrsa_server.api.idempotency import Keys
 from mrsa_server.descriptors import Places, current_limit, share_out
 from mrsa_server.engines.build import ServedEngine, build
-from mrsa_server.metrics import Metrics
+from mrsa_server.metrics import Metrics, StoreMetrics
 from mrsa_server.runs.admission import Admission
 from mrsa_server.runs.host import EngineHost
 from mrsa_server.runs.journal import Journal
@@ -55,7 +55,7 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
             max_calls=places(settings).calls,
         )
         templates = load_templates()
-        journal = await open_journal(settings)
+        journal = await open_journal(settings, metrics)
         runner = Runner(
             host,
             admission,
@@ -75,7 +75,10 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
         lives = [asyncio.create_task(host.run(), name="engine")]
         if journal is not None:
             lives.append(asyncio.create_task(journal.keep(), name="leases"))
-            lives.append(asyncio.create_task(runner.adopt(journal, templates, asking.revive), name="runs left behind"))
+            adopting = runner.adopt(journal, templates, lambda: names.names, asking.revive)
+            lives.append(asyncio.create_task(adopting, name="runs left behind"))
+        for life in lives:
+            life.add_done_callback(_mourn)
         try:
             yield
         finally:
@@ -107,8 +110,12 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
     return app
 
 
-async def open_journal(settings: Settings) -> Journal | None:
+async def open_journal(settings: Settings, metrics: Metrics | None = None) -> Journal | None:
     """Where runs are written down; None where they are not.
+
+    Args:
+        settings: All of them.
+        metrics: Get those of the store.
 
     Raises:
         StoreError: The database cannot be used as it is.
@@ -118,9 +125,15 @@ async def open_journal(settings: Settings) -> Journal | None:
     from mrsa_server.runs.store import RunStore  # a server without a store loads no database
 
     url, owner = settings.store_url.get_secret_value(), f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
-    store = RunStore(url, owner=owner, lease_s=settings.lease_s)
+    observer = None if metrics is None else StoreMetrics(metrics)
+    store = RunStore(url, owner=owner, lease_s=settings.lease_s, observer=observer)
     await store.open()
     return Journal(store)
+
+
+def _mourn(life: asyncio.Task[None]) -> None:
+    if not life.cancelled() and (error := life.exception()) is not None:
+        log.error("a part of the server broke", part=life.get_name(), exc_info=error)
 
 
 def places(settings: Settings) -> Places:

@@ -81,9 +81,6 @@ async def cancel_response(request: Request, response_id: str) -> Response:
     if not record.background:
         raise BadRequest("response_id: only a response made with background=true can be cancelled", "response_id")
     if record.ended_at is None and await store.request_cancel(record.run_id):
-        here = service.runner.find(record.run_id)
-        if here is not None:
-            here.cancel(RunCancelled())
         try:
             await store.wait(record.run_id, 2**31 - 1, _CANCELLING_S)
         except NoSuchRun:

@@ -21,7 +21,7 @@ from harness.events import RunFailed, RunFinished
 from harness.markovian_rsa import State, fold
 from harness.prompts import Templates
 from harness.types import Slot, TokenIds, Trace
-from mrsa_server.api.errors import ApiError, BadRequest, EngineFailed, EngineUnavailable, RunCancelled, StoreAway
+from mrsa_server.api.errors import ApiError, BadRequest, EngineFailed, EngineUnavailable, StoreAway
 from mrsa_server.api.query import integer, one_of, query
 from mrsa_server.api.sse import KEEP_ALIVE, EventStream
 from mrsa_server.api.wire import echo
@@ -108,12 +108,10 @@ async def get_run(request: Request, run_id: str) -> Response:
 @router.delete("/v1/runs/{run_id}")
 async def cancel_run(request: Request, run_id: str) -> Response:
     """End a run, wherever it is; one that has ended stays as it is."""
-    service, store = _store(request)
+    _, store = _store(request)
     run = await _find(store, run_id)
-    if run.ended_at is None and await store.request_cancel(run_id):
-        here = service.runner.find(run_id)
-        if here is not None:  # elsewhere its owner learns of it when it renews its lease
-            here.cancel(RunCancelled())
+    if run.ended_at is None:
+        await store.request_cancel(run_id)
     return _json({**_summary(run), "cancel_requested": run.ended_at is None})
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, closing
 from importlib import import_module
 from pathlib import Path
@@ -125,8 +125,8 @@ class Database:
             yield connection
 
     @asynccontextmanager
-    async def listening(self, channel: str, heard: Callable[[str], None]) -> AsyncIterator[asyncio.Event]:
-        """Call `heard` with the payload of each notification of Postgres.
+    async def listening(self, heard: Mapping[str, Callable[[str], None]]) -> AsyncIterator[asyncio.Event]:
+        """Hear the notifications of Postgres: by channel, what is called with the payload of each.
 
         Yields:
             Set once the connection is lost, and nothing more will be heard.
@@ -138,7 +138,8 @@ class Database:
         async with self._translated(), self._reader.connect() as connection:
             driver: Any = (await connection.get_raw_connection()).driver_connection
             driver.add_termination_listener(lambda _: lost.set())
-            await driver.add_listener(channel, lambda *found: heard(found[3]))
+            for channel in heard:
+                await driver.add_listener(channel, lambda *found: heard[found[2]](found[3]))
             try:
                 yield lost
             finally:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -72,6 +72,7 @@ _FIRST_PAUSE_S = 0.05
 # Fewer tokens tell little of an engine's speed: the prompt and the start take their share of the seconds.
 _MEASURED_TOKENS = 512
 _CLOSING_S = 5.0  # for the last words of runs, when the server leaves; their leases end by themselves
+_LOOK_S = 1.0  # between looks for runs that were left behind
 _TAKEN_AT_ONCE = 64  # runs that were left behind; others that share the store may have room too
 # What a server answers to a request that would be refused the next time too.
 _REFUSALS = frozenset({400, 413, 422})
@@ -432,33 +433,29 @@ class Runner:
         """A run that is in flight here."""
         return next((run for run in self._runs if run.id == run_id), None)
 
-    async def adopt(self, journal: Journal, templates: Templates, revive: Revive) -> None:
+    async def adopt(
+        self, journal: Journal, templates: Templates, models: Callable[[], Collection[str] | None], revive: Revive
+    ) -> None:
         """Take up runs that were left behind, again and again, for as long as the server lives.
 
         Args:
             journal: Where they are.
             templates: The wording that they have to have been started with.
+            models: Those whose runs can go on here, as clients name them; None while they are not known.
             revive: How those are prepared that have not begun.
         """
-        store = journal.store
         await self.host.wait_up(None)  # one without an engine leaves them to others
-        away = False
         while not self.draining:
             room = self._max_runs - len(self._runs)
+            claims: list[Claim] = []
             try:
-                await journal.renew()  # or it would take its own runs, after a while without the store
-                if away:  # meanwhile every lease has ended: their owners are to come first
-                    away = False
-                    await asyncio.sleep(store.lease_s)
-                    continue
-                claims = await store.claim_lost(min(_TAKEN_AT_ONCE, room)) if room > 0 else []
+                claims = await journal.claim_lost(min(_TAKEN_AT_ONCE, room), models() or ()) if room > 0 else []
                 for claim in claims:
                     await self._take_up(journal, claim, templates, revive)
             except StoreUnavailable as error:
                 log.warning("store is away", reason=str(error))
-                claims, away = [], True
             if len(claims) < _TAKEN_AT_ONCE:
-                await asyncio.sleep(store.lease_s / 2)
+                await asyncio.sleep(min(journal.store.lease_s / 2, _LOOK_S))
 
     async def _take_up(self, journal: Journal, claim: Claim, templates: Templates, revive: Revive) -> None:
         record = await journal.store.get(claim.run_id)
@@ -471,7 +468,9 @@ class Runner:
             run.deadline = record.deadline_at + unix_to_loop
         run.book = journal.take(claim, *_ends(run))
         run.stored.set()
-        self._let_go(run, partial(self._go_on, run, run.book, journal, templates, partial(revive, record)))
+        go_on = partial(self._go_on, run, run.book, journal, templates, partial(revive, record))
+        # To end a run takes neither its engine nor its log.
+        self._let_go(run, partial(_end, run) if record.cancel_requested else go_on)
 
     async def _go_on(
         self, run: Run, book: Book, journal: Journal, templates: Templates, revive: Callable[[], Prepare]
@@ -755,6 +754,12 @@ async def _in_time(run: Run) -> AsyncIterator[None]:
 def _ends(run: Run) -> tuple[Callable[[], None], Callable[[], None]]:
     """How the store ends a run: by giving it to another server, and because somebody asked for it."""
     return lambda: run.cancel(TakenOver()), lambda: run.cancel(RunCancelled())
+
+
+async def _end(run: Run) -> None:
+    """The further life of a run that was cancelled while nobody had it."""
+    run.cancel(RunCancelled())
+    await asyncio.sleep(0)
 
 
 def round_off(seconds: float) -> float:

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import structlog
 from sqlalchemy import (
@@ -48,6 +49,7 @@ from mrsa_server.runs.record import Ended, NewRun, RunKind, StoredStatus
 from mrsa_server.runs.store_errors import Fenced, KeyTaken, NoSuchRun, RunExists, StoreError, StoreUnavailable
 
 _CHANNEL = "mrsa_runs"
+_CANCELS = "mrsa_cancels"
 _POLL_S = 0.25  # where nobody tells us what other processes write
 _LISTENING_POLL_S = 5.0  # beside LISTEN, in case a word was lost
 _RECONNECT_S = 1.0
@@ -56,6 +58,8 @@ _BATCH = 500  # runs in one statement
 log = structlog.get_logger("mrsa.store")
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+_Method = Callable[Concatenate["RunStore", _P], Coroutine[Any, Any, _T]]
+Operation = Literal["write", "read", "renew", "claim", "prune", "other"]
 _runs = tables.runs.c
 _UNFINISHED = _runs.ended_at.is_(None)
 _GOING = ("queued", "running")
@@ -200,25 +204,52 @@ class Stored:
     event: Event
 
 
-def _whole(
-    method: Callable[Concatenate[RunStore, _P], Coroutine[Any, Any, _T]],
-) -> Callable[Concatenate[RunStore, _P], Coroutine[Any, Any, _T]]:
+class Observer(Protocol):
+    """Is told what a store does."""
+
+    def store_call(self, operation: Operation, seconds: float) -> None:
+        """A call has ended, well or not; the wait for a connection is in it."""
+        ...
+
+    def takeovers(self, runs: int) -> None:
+        """Runs of a lost owner were taken."""
+        ...
+
+    def fenced(self, writes: int) -> None:
+        """Writes were refused, since others have their runs."""
+        ...
+
+
+def _whole(operation: Operation) -> Callable[[_Method[_P, _T]], _Method[_P, _T]]:
     """Let a transaction go on to its end when the one who waits for it is cancelled.
 
     A driver that is cancelled may give up its connection as it is: with SQLite, in the middle of a transaction, whose
     lock kept every writer out until the garbage was collected.
+
+    Args:
+        operation: What its seconds are counted for.
     """
 
-    @wraps(method)
-    async def run(store: RunStore, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        if store._closed:
-            raise StoreUnavailable("it was closed")
-        task = asyncio.create_task(method(store, *args, **kwargs))
-        store._running.add(task)
-        task.add_done_callback(store._running.discard)
-        return await asyncio.shield(task)
+    def decorate(method: _Method[_P, _T]) -> _Method[_P, _T]:
+        @wraps(method)
+        async def run(store: RunStore, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+            if store._closed:
+                raise StoreUnavailable("it was closed")
+            began = time.perf_counter()
 
-    return run
+            def ended(task: asyncio.Task[Any]) -> None:
+                store._running.discard(task)
+                if store._observer is not None:
+                    store._observer.store_call(operation, time.perf_counter() - began)
+
+            task = asyncio.create_task(method(store, *args, **kwargs))
+            store._running.add(task)
+            task.add_done_callback(ended)
+            return await asyncio.shield(task)
+
+        return run
+
+    return decorate
 
 
 class RunStore:
@@ -230,18 +261,30 @@ class RunStore:
         lease_s: Seconds that a claim holds without `renew` or `append`.
         keep_traces: Whether traces are stored at all.
         wait_s: Seconds to wait for a lock, a connection or an answer of the database.
+        observer: Is told what is done here.
 
     Raises:
         ValueError: The URL is for no database that is known here.
     """
 
-    def __init__(self, url: str, *, owner: str, lease_s: float, keep_traces: bool = True, wait_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        owner: str,
+        lease_s: float,
+        keep_traces: bool = True,
+        wait_s: float = 10.0,
+        observer: Observer | None = None,
+    ) -> None:
         self.owner = owner
         self.lease_s = lease_s
         self._keep_traces = keep_traces
+        self._observer = observer
         self._database = Database(url, wait_s)
         self._bells = Bells(self._look, _POLL_S)
         self._listener: asyncio.Task[None] | None = None
+        self._cancelled: Callable[[str], None] = lambda run_id: None
         self._running: set[asyncio.Task[Any]] = set()  # transactions
         self._closed = False
 
@@ -250,7 +293,7 @@ class RunStore:
         """Where the runs are, without the password."""
         return self._database.name
 
-    @_whole
+    @_whole("other")
     async def open(self) -> None:
         """Find the database and its tables; a SQLite file is made and brought up to date.
 
@@ -261,6 +304,14 @@ class RunStore:
         await self._database.check()
         if self._database.postgres:
             self._listener = asyncio.create_task(self._listen(), name="store listen")
+
+    def hear_cancels(self, heard: Callable[[str], None]) -> None:
+        """Have `heard` called with the id of each run that is to be cancelled, whoever has it.
+
+        At once what is asked for in this process and, with Postgres, in any. It may be called twice for one request,
+        and not at all where the database was away: `renew` tells in any case.
+        """
+        self._cancelled = heard
 
     async def aclose(self) -> None:
         """Let transactions end and close every connection. Claims stay what they are until their leases end.
@@ -282,7 +333,7 @@ class RunStore:
 
     # Writing: an owner's side.
 
-    @_whole
+    @_whole("write")
     async def create(self, record: NewRun, events: Sequence[Event] = ()) -> Claim:
         """Store a new run and claim it. Without events it is `queued`, until it gets some.
 
@@ -396,7 +447,7 @@ class RunStore:
             return last
         raise last
 
-    @_whole
+    @_whole("write")
     async def write_many(self, entries: Sequence[Entry]) -> list[int | Fenced | ValueError]:
         """`append` and `finish` for many runs in one transaction: that costs little more than for one.
 
@@ -453,9 +504,11 @@ class RunStore:
                 await self._notify(connection, *(str(change["which"]) for change in changed))
         for change in changed:
             self._bells.ring(str(change["which"]))
+        if self._observer is not None and (fenced := sum(isinstance(one, Fenced) for one in found)):
+            self._observer.fenced(fenced)
         return found
 
-    @_whole
+    @_whole("renew")
     async def renew(self, claims: Collection[Claim]) -> Renewed:
         """Begin leases anew.
 
@@ -479,7 +532,7 @@ class RunStore:
             tuple(claim for claim in claims if claim in good and held[claim.run_id][1]),
         )
 
-    @_whole
+    @_whole("other")
     async def release(self, claim: Claim) -> None:
         """Give an unfinished run back: its lease ends now, and whoever comes first goes on with it.
 
@@ -494,9 +547,13 @@ class RunStore:
                 .values(owner=None, lease_until=0.0, fence=_runs.fence + 1)
             )
 
-    @_whole
-    async def claim_lost(self, limit: int) -> list[Claim]:
+    @_whole("claim")
+    async def claim_lost(self, limit: int, models: Collection[str]) -> list[Claim]:
         """Take unfinished runs whose lease is over, the oldest first.
+
+        Args:
+            limit: Most runs.
+            models: Those that are served here. A run that is to be cancelled may be of any.
 
         Raises:
             StoreUnavailable: The database does not answer.
@@ -504,11 +561,14 @@ class RunStore:
         now = self._database.now
         lost = (
             select(_runs.run_id)
-            .where(_UNFINISHED, _runs.lease_until < now)
+            .where(_UNFINISHED, _runs.lease_until < now, or_(_runs.model.in_(models), _runs.cancel_requested))
             .order_by(_runs.created_at, _runs.run_id)
             .limit(limit)
-            .with_for_update(skip_locked=True)
         )
+        async with self._database.reading() as connection:  # every server looks every second: without a lock
+            if (await connection.execute(lost)).first() is None:
+                return []
+        lost = lost.with_for_update(skip_locked=True)
         async with self._database.writing() as connection:
             if self._database.postgres:
                 # Read once, before the update: a subquery may be run anew for each row, and then take other rows.
@@ -523,13 +583,15 @@ class RunStore:
                 .returning(_runs.run_id, _runs.fence, _runs.events, _runs.created_at)
             )
             rows = sorted(found, key=lambda row: (row.created_at, row.run_id))
+        if self._observer is not None and rows:
+            self._observer.takeovers(len(rows))
         return [Claim(row.run_id, row.fence, row.events) for row in rows]
 
     # Writing: anybody's side.
 
-    @_whole
+    @_whole("other")
     async def request_cancel(self, run_id: str) -> bool:
-        """Ask the owner of a run to end it, wherever it is: `renew` tells. Its idempotency key is free at once.
+        """Ask the owner of a run to end it, wherever it is (`hear_cancels`). Its idempotency key is free at once.
 
         Returns:
             Whether there was anything to cancel.
@@ -543,9 +605,13 @@ class RunStore:
                 .where(_runs.run_id == run_id, _UNFINISHED)
                 .values(cancel_requested=True, idempotency_key=null())
             )
-            return bool(found.rowcount)
+            if not found.rowcount:
+                return False
+            await self._notify(connection, run_id, channel=_CANCELS)
+        self._cancelled(run_id)
+        return True
 
-    @_whole
+    @_whole("other")
     async def delete(self, run_id: str) -> bool:
         """Forget a run with its events and traces; an owner that still works on it is fenced.
 
@@ -593,6 +659,16 @@ class RunStore:
 
     # Reading.
 
+    @_whole("read")
+    async def ping(self) -> None:
+        """See whether the database answers.
+
+        Raises:
+            StoreUnavailable: It does not.
+        """
+        async with self._database.reading() as connection:
+            await connection.execute(select(1))
+
     async def get(self, run_id: str) -> StoredRun | None:
         """A run with its request and its result; None if there is none.
 
@@ -609,7 +685,7 @@ class RunStore:
         """
         return await self._one(_runs.idempotency_key == idempotency_key)
 
-    @_whole
+    @_whole("read")
     async def list_runs(
         self, which: RunFilter | None = None, *, before: Cursor | None = None, limit: int = 50
     ) -> list[RunSummary]:
@@ -642,7 +718,7 @@ class RunStore:
         async with self._database.reading() as connection:
             return [RunSummary(**_summary(row)) for row in await connection.execute(query.limit(limit))]
 
-    @_whole
+    @_whole("read")
     async def events(self, run_id: str, after: int = 0, limit: int | None = None) -> list[Stored]:
         """The log of a run beyond a number, all of it by default.
 
@@ -664,7 +740,7 @@ class RunStore:
             lambda: [Stored(row.number, row.at, codec.decode(row.kind, row.body)) for row in rows]
         )
 
-    @_whole
+    @_whole("read")
     async def trace(self, run_id: str, slot: Slot) -> Trace | None:
         """The trace of a rollout; None where there is none, or none any more.
 
@@ -679,7 +755,7 @@ class RunStore:
             body = (await connection.execute(query)).scalar()
         return None if body is None else codec.decode_trace(body)
 
-    @_whole
+    @_whole("read")
     async def traces(self, run_id: str, round: int | None = None) -> dict[Slot, Trace]:
         """The traces of a run, or of one of its rounds.
 
@@ -720,22 +796,23 @@ class RunStore:
     def _held(self, claim: Claim) -> ColumnElement[bool]:
         return and_(_UNFINISHED, _runs.owner == self.owner, _runs.fence == claim.fence)
 
-    @_whole
+    @_whole("prune")
     async def _execute(self, statement: Executable) -> None:
         async with self._database.writing() as connection:
             await connection.execute(statement)
 
-    async def _notify(self, connection: AsyncConnection, *run_ids: str) -> None:
+    async def _notify(self, connection: AsyncConnection, *run_ids: str, channel: str = _CHANNEL) -> None:
         if self._database.postgres:  # heard once the transaction is committed, and not if it is undone
             await connection.execute(
                 text("SELECT pg_notify(:channel, :run_id)"),
-                [{"channel": _CHANNEL, "run_id": run_id} for run_id in run_ids],
+                [{"channel": channel, "run_id": run_id} for run_id in run_ids],
             )
 
     async def _listen(self) -> None:
+        heard = {_CHANNEL: self._bells.ring, _CANCELS: lambda run_id: self._cancelled(run_id)}
         while True:
             with suppress(StoreError):
-                async with self._database.listening(_CHANNEL, self._bells.ring) as lost:
+                async with self._database.listening(heard) as lost:
                     self._bells.poll_s = _LISTENING_POLL_S
                     self._bells.ring_all()  # for what was said while nobody listened
                     await lost.wait()
@@ -744,7 +821,7 @@ class RunStore:
             self._bells.ring_all()  # they find out whether the database is gone too
             await asyncio.sleep(_RECONNECT_S)
 
-    @_whole
+    @_whole("read")
     async def _look(self, run_ids: Collection[str]) -> Mapping[str, Progress]:
         found: dict[str, Progress] = {}
         for batch in _batches(list(run_ids)):
@@ -754,7 +831,7 @@ class RunStore:
             found |= {row.run_id: Progress(row.events, row.ended_at is not None) for row in rows}
         return found
 
-    @_whole
+    @_whole("read")
     async def _one(self, which: ColumnElement[bool]) -> StoredRun | None:
         names = (*_SUMMARY, "body", "body_digest", "result", "error")
         async with self._database.reading() as connection:
@@ -769,14 +846,14 @@ class RunStore:
             error=None if row.error is None else codec.inflate(row.error),
         )
 
-    @_whole
+    @_whole("read")
     async def _is_ours(self, run_id: str) -> bool:
         """Whether a run was made by a write of this store that we thought lost."""
         query = select(_runs.run_id).where(_runs.run_id == run_id, _runs.owner == self.owner, _runs.fence == 1)
         async with self._database.reading() as connection:
             return (await connection.execute(query)).first() is not None
 
-    @_whole
+    @_whole("prune")
     async def _ended_before(self, seconds: float, *which: ColumnElement[bool]) -> list[str]:
         query = select(_runs.run_id).where(_runs.ended_at < self._database.now - seconds, *which).limit(_BATCH)
         async with self._database.reading() as connection:

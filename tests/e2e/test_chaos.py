@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
-import subprocess
-import sys
 from collections import Counter
 from contextlib import suppress
 
@@ -15,8 +12,7 @@ import pytest
 
 from harness.events import RunResumed
 from mrsa_server.runs.store import RunFilter, RunStore
-from tests.helpers.ports import free_port
-from tests.helpers.processes import wait_ready
+from tests.helpers.processes import Replica, wait_ready
 from tests.helpers.replicas import check_log, log_of, upgrade
 from tests.helpers.serving import CHAT, ask
 
@@ -35,24 +31,6 @@ SIZES = {
     "final_tokens": 400,
     "budget_tokens": BUDGET,
 }
-
-
-class Replica:
-    """One `mrsa serve`, that can be killed and comes back on its port."""
-
-    def __init__(self, store_url: str) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._env = os.environ | {"MRSA_DATABASE_URL": store_url, "MRSA_LEASE_S": str(LEASE_S)}
-        self.start()
-
-    def start(self) -> None:
-        words = [sys.executable, "-m", "mrsa_server", "serve", "--engine", "scripted", "--port", str(self.port)]
-        self.process = subprocess.Popen([*words, "--log-level", "error"], env=self._env)
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
 
 
 async def submit(replicas: list[Replica], stream: random.Random) -> None:
@@ -87,7 +65,7 @@ async def submit(replicas: list[Replica], stream: random.Random) -> None:
 
 async def chaos(store_url: str, count: int, seed: int) -> None:
     stream = random.Random(seed)
-    replicas = [Replica(store_url) for _ in range(count)]
+    replicas = [Replica(store_url, LEASE_S) for _ in range(count)]
     store = RunStore(store_url, owner="test", lease_s=LEASE_S)
     try:
         for replica in replicas:

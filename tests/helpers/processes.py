@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -44,3 +45,22 @@ def serving(*flags: str, timeout_s: float = 30) -> Iterator[tuple[subprocess.Pop
         finally:
             server.terminate()
     assert server.returncode in (0, -15)
+
+
+class Replica:
+    """One `mrsa serve`, that can be killed and comes back on its port."""
+
+    def __init__(self, store_url: str, lease_s: float, *flags: str) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._flags = flags
+        self._env = os.environ | {"MRSA_DATABASE_URL": store_url, "MRSA_LEASE_S": str(lease_s)}
+        self.start()
+
+    def start(self) -> None:
+        words = [sys.executable, "-m", "mrsa_server", "serve", "--engine", "scripted", "--port", str(self.port)]
+        self.process = subprocess.Popen([*words, "--log-level", "error", *self._flags], env=self._env)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()

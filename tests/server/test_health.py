@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from harness.engine import EngineError
+from harness.events import DeadlineReached
 from harness.scripted import Script, ScriptedEngine
 from harness.types import RolloutRequest
 from mrsa_server.metrics import Metrics
+from mrsa_server.runs.journal import Journal
+from mrsa_server.runs.store import Claim, RunStore
+from mrsa_server.runs.store_errors import Fenced
+from tests.helpers.replicas import SIZES, only_run, replica, slow, stolen, until_ended
 from tests.helpers.serving import CHAT, SMALL, ask, in_memory
 
 NAMES = {
@@ -56,6 +63,37 @@ async def test_metrics_say_what_runs_did() -> None:
         == body["usage"]["completion_tokens"]
     )
     assert values["mrsa_answer_agreement_sum",] == 1
+
+
+def value(text: str, line: str) -> float:
+    """What a line of Prometheus' text says."""
+    return float(next(found.rpartition(" ")[2] for found in text.splitlines() if found.startswith(line + " ")))
+
+
+async def test_metrics_say_what_the_store_does(store: RunStore, store_url: str) -> None:
+    async with replica(slow(0.02), store_url) as client:
+        asking = asyncio.create_task(client.post(CHAT, json=ask(mrsa=SIZES)))
+        run_id = await only_run(store, events=3)
+        taken = await stolen(store)
+        assert (await asking).status_code == 503
+        journal: Journal = client.app.state.runner._journal  # type: ignore[attr-defined]
+        with pytest.raises(Fenced):  # it may have learnt of it by its renewal
+            await journal.store.append(Claim(run_id, 1, 0), [DeadlineReached()])
+        text = (await client.get("/metrics")).text
+        assert value(text, 'mrsa_store_seconds_count{operation="write"}') > 2
+        assert value(text, 'mrsa_store_seconds_count{operation="claim"}') >= 1
+        assert value(text, "mrsa_fenced_writes_total") >= 1
+        assert value(text, "mrsa_lease_takeovers_total") == 0
+        await store.release(taken)
+        await until_ended(store, run_id)
+        assert value((await client.get("/metrics")).text, "mrsa_lease_takeovers_total") == 1
+
+
+async def test_a_server_without_a_store_has_no_metrics_of_it() -> None:
+    async with in_memory() as client:
+        text = (await client.get("/metrics")).text
+    assert "mrsa_store" not in text
+    assert "mrsa_lease" not in text
 
 
 def test_two_servers_of_one_process_share_no_metrics() -> None:

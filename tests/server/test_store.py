@@ -37,6 +37,7 @@ from tests.helpers.writer import LEASE_S, whole_log
 
 SHORT_S = 0.15
 EVENT = DeadlineReached()
+MODELS = ("m",)
 
 
 def new(run_id: str = "run", key: str | None = None, digest: bytes = b"", created_at: float = 1.0) -> NewRun:
@@ -202,7 +203,7 @@ async def test_a_frozen_owner_is_fenced(store_url: str) -> None:
         await asyncio.sleep(SHORT_S * 1.3)
         assert await frozen.append(claim, [EVENT]) == 2  # late, but nobody has taken it
         await asyncio.sleep(SHORT_S * 1.3)
-        assert await taker.claim_lost(9) == [taken := Claim("run", 2, 2)]
+        assert await taker.claim_lost(9, MODELS) == [taken := Claim("run", 2, 2)]
         for write in (
             frozen.append(claim, [EVENT]),
             frozen.append(claim, [EVENT], after=1),
@@ -221,7 +222,7 @@ async def test_an_owner_that_takes_its_own_run_again_has_one_claim(store_url: st
     async with opened(store_url, lease_s=SHORT_S) as (store,):
         old = await store.create(new())
         await asyncio.sleep(SHORT_S * 1.3)
-        (again,) = await store.claim_lost(1)
+        (again,) = await store.claim_lost(1, MODELS)
         with pytest.raises(Fenced):
             await store.append(old, [EVENT])
         assert await store.renew([old, again]) == ((old,), ())
@@ -240,7 +241,7 @@ async def test_nobody_writes_to_a_run_that_has_ended_or_is_gone(store_url: str) 
         with pytest.raises(Fenced):
             await store.finish(ended, "failed")
         assert (await store.renew([ended, gone])).lost == (ended, gone)
-        assert await store.claim_lost(9) == []
+        assert await store.claim_lost(9, MODELS) == []
 
 
 async def test_a_lease_that_is_renewed_is_not_lost(store_url: str) -> None:
@@ -249,7 +250,7 @@ async def test_a_lease_that_is_renewed_is_not_lost(store_url: str) -> None:
         for _ in range(5):
             await asyncio.sleep(0.25)
             assert await store.renew(claims) == ((), ())
-            assert await other.claim_lost(9) == []
+            assert await other.claim_lost(9, MODELS) == []
 
 
 async def test_a_run_that_is_given_back_is_anybodys_at_once(store_url: str) -> None:
@@ -258,20 +259,20 @@ async def test_a_run_that_is_given_back_is_anybodys_at_once(store_url: str) -> N
         await store.release(claim)
         with pytest.raises(Fenced):
             await store.append(claim, [EVENT])
-        assert await other.claim_lost(9) == [Claim("run", 3, 1)]
+        assert await other.claim_lost(9, MODELS) == [Claim("run", 3, 1)]
 
 
 async def test_each_lost_run_is_taken_once_and_the_oldest_first(store_url: str) -> None:
     async with opened(store_url, "gone") as (gone,), opened(store_url, *"abc") as takers:
         for age in range(30):
             await gone.release(await gone.create(new(f"run {age:02}", created_at=1000.0 - age)))
-        assert [claim.run_id for claim in await takers[0].claim_lost(2)] == ["run 29", "run 28"]
+        assert [claim.run_id for claim in await takers[0].claim_lost(2, MODELS)] == ["run 29", "run 28"]
         found: list[str] = []
 
         async def take(store: RunStore) -> None:
             misses = 0
             while misses < 3:  # what another is about to take is passed over
-                claims = await store.claim_lost(3)
+                claims = await store.claim_lost(3, MODELS)
                 misses = 0 if claims else misses + 1
                 found.extend(claim.run_id for claim in claims)
 
@@ -279,6 +280,16 @@ async def test_each_lost_run_is_taken_once_and_the_oldest_first(store_url: str) 
             for store in takers:
                 tasks.create_task(take(store))
         assert sorted(found) == [f"run {age:02}" for age in range(28)]
+
+
+async def test_a_lost_run_is_taken_by_who_serves_its_model_or_where_it_is_only_to_be_ended(store_url: str) -> None:
+    async with opened(store_url, "gone", "taker") as (gone, taker):
+        for name in ("one", "other", "cancelled"):
+            await gone.release(await gone.create(NewRun(name, "response", b"", name, created_at=1.0)))
+        await taker.request_cancel("cancelled")
+        assert [claim.run_id for claim in await taker.claim_lost(9, ["other", "none"])] == ["cancelled", "other"]
+        assert await taker.claim_lost(9, []) == []
+        assert [claim.run_id for claim in await taker.claim_lost(9, ["one"])] == ["one"]
 
 
 async def test_a_cancel_reaches_the_owner_in_another_replica(store_url: str) -> None:
@@ -293,6 +304,25 @@ async def test_a_cancel_reaches_the_owner_in_another_replica(store_url: str) -> 
         await store.finish(claim, "cancelled")
         assert not await other.request_cancel("run")
         assert not await other.request_cancel("nothing")
+
+
+@pytest.mark.parametrize("replicas", ["a", "ab"])
+async def test_a_cancel_is_heard_at_once(store_url: str, replicas: str) -> None:
+    async with opened(store_url, *replicas) as stores:
+        heard = asyncio.Queue[str]()
+        stores[0].hear_cancels(heard.put_nowait)
+        await stores[0].create(new())
+        await asyncio.sleep(0.1)  # until it listens
+        began = time.perf_counter()
+        assert await stores[-1].request_cancel("run")
+        if len(replicas) == 2 and not stores[0]._database.postgres:
+            with pytest.raises(TimeoutError):  # another process on the same file has only `renew`
+                await asyncio.wait_for(heard.get(), 0.1)
+            return
+        assert await asyncio.wait_for(heard.get(), 5) == "run"
+        assert time.perf_counter() - began < 2
+        assert not await stores[-1].request_cancel("other")
+        assert "other" not in [heard.get_nowait() for _ in range(heard.qsize())]
 
 
 async def test_a_key_stands_for_one_run(store_url: str) -> None:
@@ -489,7 +519,7 @@ async def test_a_store_that_comes_back_works_again(postgres: Postgres, template:
                 store.append(claim, [EVENT], after=1),
                 store.get("run"),
                 store.renew([claim]),
-                store.claim_lost(1),
+                store.claim_lost(1, MODELS),
                 RunStore(url, owner="c", lease_s=1).open(),
                 waiting,
             ):
@@ -629,10 +659,12 @@ async def test_many_runs_are_written_in_one_transaction_and_each_is_judged_by_it
         await store.finish(claims["ended"], "failed")
         await store.append(claims["again"], [EVENT], after=0)
         await asyncio.sleep(0.05)
-        gone = {claim.run_id: claim for claim in await other.claim_lost(9)}
+        gone = {claim.run_id: claim for claim in await other.claim_lost(9, MODELS)}
         for name in ("going", "ends", "wrong", "again"):  # it has them back
             await other.release(gone[name])
-        back = {claim.run_id: claim for claim in await store.claim_lost(9)}  # the taken one too, where time flies
+        back = {
+            claim.run_id: claim for claim in await store.claim_lost(9, MODELS)
+        }  # the taken one too, where time flies
         claims |= {name: claim for name, claim in back.items() if name != "taken"}
         entries = [
             Entry(claims["going"], [finished(0), EVENT], after=0),
