@@ -7,7 +7,6 @@ crash, and `starting_after` goes on where a connection was cut.
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
@@ -22,12 +21,12 @@ from harness.run import Watch
 from mrsa_server.api.answering import answer
 from mrsa_server.api.asking import RUN, AskService, Route
 from mrsa_server.api.completion import Reply, chosen, thinking_of
-from mrsa_server.api.errors import ApiError, BadRequest, EngineUnavailable, RunCancelled, ShuttingDown, of_stored
+from mrsa_server.api.errors import ApiError, BadRequest, EngineUnavailable, RunCancelled, of_stored
 from mrsa_server.api.query import boolean, integer, one_of, query
 from mrsa_server.api.response_events import ResponseEvents
 from mrsa_server.api.responses_wire import RESPONSE, check_body, continued, input_items, parse_response, previous_of
 from mrsa_server.api.sse import KEEP_ALIVE, EventStream, named_frame
-from mrsa_server.api.stored import Retelling, add_traces, answer_of, log_of, unavailable
+from mrsa_server.api.stored import Retelling, add_traces, answer_of, further, log_of, unavailable
 from mrsa_server.runs.runner import Prepared, Run
 from mrsa_server.runs.store_errors import NoSuchRun, StoreUnavailable
 from mrsa_server.settings import Settings
@@ -251,7 +250,7 @@ async def _frames(
                 noted(events.last)
             if found:
                 continue
-            progress = await _wait(service, store, record.run_id, number)
+            progress = await further(store, service.runner, record.run_id, number, service.settings.keep_alive_s)
             if progress is None:
                 yield KEEP_ALIVE
             elif progress <= number:
@@ -265,26 +264,6 @@ async def _frames(
         return
     except StoreUnavailable as error:
         raise unavailable(error) from None
-
-
-async def _wait(service: AskService, store: RunStore, run_id: str, after: int) -> int | None:
-    """Wait for more of a run; the last number once there is more or it has ended, None for nothing yet.
-
-    Raises:
-        NoSuchRun, StoreUnavailable: As the store.
-        ShuttingDown: This server leaves; the run goes on elsewhere, or when it is back.
-    """
-    waiting = asyncio.create_task(store.wait(run_id, after, service.settings.keep_alive_s))
-    leaving = asyncio.create_task(service.runner.left.wait())
-    try:
-        await asyncio.wait((waiting, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not waiting.done():
-            raise ShuttingDown
-        progress = waiting.result()
-    finally:
-        leaving.cancel()
-        waiting.cancel()
-    return progress.last if progress.ended or progress.last > after else None
 
 
 async def _find(request: Request, response_id: str) -> tuple[AskService, RunStore, StoredRun]:

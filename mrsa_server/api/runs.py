@@ -21,11 +21,12 @@ from harness.events import RunFailed, RunFinished
 from harness.markovian_rsa import State, fold
 from harness.prompts import Templates
 from harness.types import Slot, TokenIds, Trace
-from mrsa_server.api.errors import ApiError, BadRequest, EngineFailed, EngineUnavailable, StoreAway
+from mrsa_server.api.errors import ApiError, BadRequest, EngineFailed, EngineUnavailable
 from mrsa_server.api.query import integer, one_of, query
 from mrsa_server.api.sse import KEEP_ALIVE, EventStream
+from mrsa_server.api.stored import further, log_of, unavailable
 from mrsa_server.api.wire import echo
-from mrsa_server.runs.codec import KINDS, Undecodable
+from mrsa_server.runs.codec import KINDS
 from mrsa_server.runs.record import RunKind, StoredStatus
 from mrsa_server.runs.runner import Runner
 from mrsa_server.runs.store_errors import NoSuchRun, StoreUnavailable
@@ -102,7 +103,7 @@ async def get_run(request: Request, run_id: str) -> Response:
     """A run with all its rounds and rollouts, who reads whom, tails, answers and usage."""
     service, store = _store(request)
     run = await _find(store, run_id)
-    return _json(_tree(run, await _log(store, run_id), service.templates))
+    return _json(_tree(run, await log_of(store, run_id), service.templates))
 
 
 @router.delete("/v1/runs/{run_id}")
@@ -129,7 +130,7 @@ async def run_events(request: Request, run_id: str) -> Response:
     run = await _find(store, run_id)
     if run.ended_at is not None and after >= run.last:
         return Response(status_code=204)
-    return EventStream(lambda: _frames(store, run_id, after, service.keep_alive_s), _broken)
+    return EventStream(lambda: _frames(service, store, run_id, after), _broken)
 
 
 @router.get("/v1/runs/{run_id}/export")
@@ -137,7 +138,7 @@ async def export_run(request: Request, run_id: str) -> Response:
     """The log of a run as JSON lines."""
     _, store = _store(request)
     await _find(store, run_id)
-    lines = [orjson.dumps(_numbered(stored), default=_plain) for stored in await _log(store, run_id)]
+    lines = [orjson.dumps(_numbered(stored), default=_plain) for stored in await log_of(store, run_id)]
     return Response(b"".join(line + b"\n" for line in lines), media_type="application/jsonl")
 
 
@@ -176,23 +177,23 @@ async def _told(service: RunsService, trace: Trace) -> dict[str, object]:
     }
 
 
-async def _frames(store: RunStore, run_id: str, after: int, keep_alive_s: float) -> AsyncGenerator[bytes, None]:
-    while True:
-        try:
-            found = await store.events(run_id, after, _EVENTS)
-            if not found:
-                progress = await store.wait(run_id, after, keep_alive_s)
-        except StoreUnavailable as error:
-            raise StoreAway(str(error)) from None
-        except NoSuchRun:  # it was deleted while somebody read it
-            return
-        if found:
-            after = found[-1].number
-            yield b"".join(map(_frame, found))
-        elif progress.last <= after and progress.ended:
-            return
-        elif progress.last <= after:
-            yield KEEP_ALIVE
+async def _frames(service: RunsService, store: RunStore, run_id: str, after: int) -> AsyncGenerator[bytes, None]:
+    try:
+        while True:
+            found = await log_of(store, run_id, after, _EVENTS)
+            if found:
+                after = found[-1].number
+                yield b"".join(map(_frame, found))
+                continue
+            last = await further(store, service.runner, run_id, after, service.keep_alive_s)
+            if last is None:
+                yield KEEP_ALIVE
+            elif last <= after:
+                return
+    except NoSuchRun:  # it was deleted while somebody read it
+        return
+    except StoreUnavailable as error:
+        raise unavailable(error) from None
 
 
 def _frame(stored: Stored) -> bytes:
@@ -214,13 +215,6 @@ async def _find(store: RunStore, run_id: str) -> StoredRun:
     if run is None:
         raise ApiError(404, "not_found", f"There is no run {run_id!r}.")
     return run
-
-
-async def _log(store: RunStore, run_id: str) -> list[Stored]:
-    try:
-        return await store.events(run_id)
-    except Undecodable as error:
-        raise ApiError(500, "run_unreadable", f"The run was written by another version: {error}.") from None
 
 
 def _summary(run: RunSummary) -> dict[str, object]:

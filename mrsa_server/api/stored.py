@@ -5,6 +5,7 @@ The same log gives the same items, so that a stream that was cut goes on anywher
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -12,10 +13,10 @@ from harness.events import RunStarted
 from harness.markovian_rsa import apply, fold
 from harness.run import Watch
 from mrsa_server.api.asking import RUN, AskService
-from mrsa_server.api.errors import ApiError, RunCancelled, StoreAway, of_stored
+from mrsa_server.api.errors import ApiError, RunCancelled, ShuttingDown, StoreAway, of_stored
 from mrsa_server.api.idempotency import Asked
 from mrsa_server.runs.codec import Undecodable
-from mrsa_server.runs.runner import Item, Prepared, Run
+from mrsa_server.runs.runner import Item, Prepared, Run, Runner
 from mrsa_server.runs.store_errors import NoSuchRun
 from mrsa_server.settings import Effort
 
@@ -158,6 +159,27 @@ async def until_ended(store: RunStore, run_id: str) -> StoredRun:
     if record is None:
         raise RunCancelled
     return record
+
+
+async def further(store: RunStore, runner: Runner, run_id: str, after: int, timeout_s: float) -> int | None:
+    """Wait for more of a run; the last number once there is more or it has ended, None for nothing yet.
+
+    Raises:
+        NoSuchRun: It was deleted.
+        StoreUnavailable: The database does not answer.
+        ShuttingDown: This server leaves; the run goes on elsewhere, or when it is back.
+    """
+    waiting = asyncio.create_task(store.wait(run_id, after, timeout_s))
+    leaving = asyncio.create_task(runner.left.wait())
+    try:
+        await asyncio.wait((waiting, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not waiting.done():
+            raise ShuttingDown
+        progress = waiting.result()
+    finally:
+        leaving.cancel()
+        waiting.cancel()
+    return progress.last if progress.ended or progress.last > after else None
 
 
 def unavailable(error: Exception) -> ApiError:
