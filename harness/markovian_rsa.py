@@ -262,7 +262,7 @@ def _shortcut(state: State) -> Event | None:
     return None if params.quorum is None else _quorum(state, params.quorum)
 
 
-def _answer(state: State, slot: Slot) -> str | None:
+def answer_of(state: State, slot: Slot) -> str | None:
     """What a rollout answers, if it wrote its answer to the end."""
     rollout = state.rollouts.get(slot)
     return extract_answer(rollout.answer) if rollout is not None and rollout.finish is Finish.STOP else None
@@ -272,7 +272,7 @@ def _agreed(state: State, round: int, agreement: Agreement) -> AnswersAgreed | N
     ended = tuple(slot for slot in sorted(state.rollouts) if slot.round == round and slot not in state.shortcuts)
     if len(ended) < agreement.min_votes:
         return None
-    found = agreeing([_answer(state, slot) for slot in ended], agreement)
+    found = agreeing([answer_of(state, slot) for slot in ended], agreement)
     return AnswersAgreed(tuple(ended[index] for index in found), len(ended)) if found else None
 
 
@@ -284,7 +284,7 @@ def _skippable(state: State, slot: Slot) -> Slot | None:
     inputs = state.inputs(slot)
     if len(inputs) < 2:
         return None
-    groups = group_by_text([_answer(state, source) for source in inputs])
+    groups = group_by_text([answer_of(state, source) for source in inputs])
     return inputs[0] if set(groups) == {0} else None
 
 
