@@ -23,7 +23,7 @@ _SUMMARY = b'{"object":"export.summary"'  # how the last line begins, and no row
 _READ_S = 600.0  # a server may pass over many runs before it finds a row
 _RUNS = {
     "going_on": "still going on",
-    "no_log": "ended before they began",
+    "no_log": "that ended before the first token",
     "other_version": "written by another version",
     "other_prompts": "asked with other prompts than this server's",
     "no_round": "without a rollout in these rounds",
@@ -32,7 +32,7 @@ _RUNS = {
 }
 _ROLLOUTS = {
     "cut": "cut before their end (--only all takes them)",
-    "other_answer": "with another answer than their run's",
+    "other_answer": "with another answer than the run's",
     "no_trace": "without a trace",
     "other_words": "whose ids this server's engine reads as other words than were stored",
     "not_unicode": "with half a character in their text",
@@ -152,8 +152,12 @@ def _output(path: Path | None) -> Iterator[Callable[[bytes], object]]:
 
 
 def _tell(summary: dict[str, Any]) -> None:
-    lines = [f"{summary['rows']:,} rows of {summary['runs']:,} runs"]
-    for what, words in (("runs", _RUNS), ("rollouts", _ROLLOUTS)):
-        for reason, count in summary[f"skipped_{what}"].items():
-            lines.append(f"left out: {count:,} {what} {words.get(reason, reason)}")
+    lines = [f"{_count(summary['rows'], 'row')} of {_count(summary['runs'], 'run')}"]
+    for what, words in (("run", _RUNS), ("rollout", _ROLLOUTS)):
+        for reason, count in summary[f"skipped_{what}s"].items():
+            lines.append(f"left out: {_count(count, what)} {words.get(reason, reason)}")
     print("\n".join(lines), file=sys.stderr)
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count:,} {what}" + ("" if count == 1 else "s")

@@ -437,7 +437,7 @@ async def test_runs_are_exported_from_a_terminal(tmp_path: Path, capsysbinary: p
         rows = rows_of(out.decode())
         assert {row["run_id"] for row in rows} == set(ids[:2])
         assert all(row["agrees"] and row["round"] == 2 for row in rows)
-        assert b"with another answer than their run's" in err
+        assert b"with another answer than the run's" in err
         assert await export("--format", "rl", "--url", url, "--since", "2100-01-01") == 0
         assert capsysbinary.readouterr() == (b"", b"0 rows of 0 runs\n")
     assert names(tmp_path) == ["rl.jsonl", "sft.jsonl", "state"]
