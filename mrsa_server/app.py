@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from harness.prompts import load_templates
 from mrsa_server import __version__
-from mrsa_server.api import chat, health, models, responses, runs
+from mrsa_server.api import chat, export, health, models, responses, runs
 from mrsa_server.api.asking import AskService
 from mrsa_server.api.errors import NO_RETRY, ApiError, StoreAway, to_response
 from mrsa_server.api.idempotency import Keys
@@ -101,6 +101,7 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
     app.include_router(chat.router)
     app.include_router(responses.router)
     app.include_router(runs.router)
+    app.include_router(export.router)
     app.include_router(models.router)
     app.include_router(health.router)
     app.add_exception_handler(ApiError, _api_error)

@@ -24,6 +24,7 @@ _COMMANDS = (
     _Command("ask", "ask a question, watch the rounds, get the answer", "mrsa_server.ask"),
     _Command("plan", "forecast wall times, tokens and cost of a load on a fleet", "mrsa_server.plan"),
     _Command("runs", "list, show, follow, cancel and export stored runs", "mrsa_server.history"),
+    _Command("export", "write stored runs as training data for trl", "mrsa_server.export"),
     _Command("db", "make or upgrade the tables that runs are stored in", "mrsa_server.db"),
 )
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 
 from fastapi import Request
 
 from mrsa_server.api.errors import BadRequest
+
+_SECONDS = re.compile(r"\d{1,12}(?:\.\d{1,9})?", re.ASCII)
+_DATE = re.compile(r"(?:19|20)\d{6}", re.ASCII)  # ISO 8601 without its dashes: no run is from early 1970
 
 
 def query(request: Request, known: set[str]) -> dict[str, str]:
@@ -33,6 +38,25 @@ def integer(asked: Mapping[str, str], name: str, low: int, high: int, usual: int
     if not (given.isascii() and given.isdigit() and len(given) < 12 and low <= int(given) <= high):
         raise BadRequest(f"{name}: must be a whole number between {low} and {high}, not {given[:64]!r}", name)
     return int(given)
+
+
+def moment(asked: Mapping[str, str], name: str) -> float | None:
+    """A time in Unix seconds, which is given so or as ISO 8601, in UTC where it names no zone; None for none.
+
+    Raises:
+        BadRequest: It is neither.
+    """
+    given = asked.get(name)
+    if given is None:
+        return None
+    try:
+        if _SECONDS.fullmatch(given) and not _DATE.fullmatch(given):
+            return float(given)
+        at = datetime.fromisoformat(given[:64])
+        return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        message = f"{name}: must be Unix seconds or a date such as 2026-07-01 or 2026-07-01T12:00Z, not {given[:64]!r}"
+        raise BadRequest(message, name) from None
 
 
 def boolean(asked: Mapping[str, str], name: str) -> bool:

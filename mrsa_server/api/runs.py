@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # a server without a store loads no database
 
 router = APIRouter()
 
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}", re.ASCII)  # a database may choke on others
+RUN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}", re.ASCII)  # a database may choke on others
 _MOST_RUNS = 100  # on a page
 _USUAL_RUNS = 20
 _EVENTS = 100  # read at once
@@ -52,14 +52,22 @@ class RunsService:
     templates: Templates
     keep_alive_s: float
 
+    @property
+    def kept(self) -> RunStore:
+        """The store.
+
+        Raises:
+            ApiError: There is none.
+        """
+        if self.store is None:
+            message = "This server stores no runs: start it with --state-dir or MRSA_DATABASE_URL."
+            raise ApiError(404, "runs_not_stored", message)
+        return self.store
+
 
 def _store(request: Request) -> tuple[RunsService, RunStore]:
     service: RunsService = request.app.state.runs
-    if service.store is None:
-        raise ApiError(
-            404, "runs_not_stored", "This server stores no runs: start it with --state-dir or MRSA_DATABASE_URL."
-        )
-    return service, service.store
+    return service, service.kept
 
 
 @router.get("/v1/runs")
@@ -80,7 +88,7 @@ async def list_runs(request: Request) -> Response:
         model=asked.get("model"),
         kind=cast("RunKind | None", asked.get("kind")),
     )
-    last = await store.get(asked["after"]) if _NAME.fullmatch(asked.get("after", "")) else None
+    last = await store.get(asked["after"]) if RUN_NAME.fullmatch(asked.get("after", "")) else None
     if "after" in asked and last is None:
         raise BadRequest(f"after: there is no run {asked['after'][:128]!r}", "after")
     if not asked.get("model", "").isprintable():
@@ -211,7 +219,7 @@ def _broken(error: ApiError) -> bytes:
 
 
 async def _find(store: RunStore, run_id: str) -> StoredRun:
-    run = await store.get(run_id) if _NAME.fullmatch(run_id) else None
+    run = await store.get(run_id) if RUN_NAME.fullmatch(run_id) else None
     if run is None:
         raise ApiError(404, "not_found", f"There is no run {run_id!r}.")
     return run
