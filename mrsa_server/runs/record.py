@@ -9,6 +9,11 @@ from typing import Literal
 RunKind = Literal["chat.completion", "response"]
 Ended = Literal["finished", "stopped", "failed", "cancelled", "refused"]
 StoredStatus = Literal["queued", "running", "finished", "stopped", "failed", "cancelled", "refused"]
+BatchStatus = Literal[
+    "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
+]
+FilePurpose = Literal["batch", "batch_output"]
+BATCH_ENDED: tuple[BatchStatus, ...] = ("failed", "completed", "expired", "cancelled")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +33,9 @@ class NewRun:
         idempotency_key: The client's, no two runs have the same.
         body_digest: Tells whether a request with the same key is the same request.
         metadata: The client's.
+        batch_id: Of which batch it is a line; None for none.
+        batch_line: Which, from 1 on.
+        custom_id: Its name in the batch, the client's.
     """
 
     run_id: str
@@ -42,3 +50,6 @@ class NewRun:
     idempotency_key: str | None = None
     body_digest: bytes = field(default=b"", repr=False)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    batch_id: str | None = None
+    batch_line: int | None = None
+    custom_id: str | None = None

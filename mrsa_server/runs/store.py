@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
-from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import wraps
-from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, Protocol, TypeVar
+from typing import Any, NamedTuple
 
 import structlog
 from sqlalchemy import (
@@ -25,6 +23,7 @@ from sqlalchemy import (
     ColumnElement,
     Executable,
     Row,
+    Select,
     and_,
     bindparam,
     case,
@@ -45,8 +44,10 @@ from harness.types import Slot, Trace
 from mrsa_server.runs import codec, tables
 from mrsa_server.runs.bells import Bells, Progress
 from mrsa_server.runs.database import Database
-from mrsa_server.runs.record import Ended, NewRun, RunKind, StoredStatus
-from mrsa_server.runs.store_errors import Fenced, KeyTaken, NoSuchRun, RunExists, StoreError, StoreUnavailable
+from mrsa_server.runs.record import BATCH_ENDED, Ended, NewRun, RunKind, StoredStatus
+from mrsa_server.runs.store_errors import Fenced, KeyTaken, NoSuchRun, RunExists, StoreError
+from mrsa_server.runs.transactions import Observer, Transactions
+from mrsa_server.runs.transactions import whole as _whole
 
 _CHANNEL = "mrsa_runs"
 _CANCELS = "mrsa_cancels"
@@ -56,10 +57,6 @@ _RECONNECT_S = 1.0
 _BATCH = 500  # runs in one statement
 
 log = structlog.get_logger("mrsa.store")
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
-_Method = Callable[Concatenate["RunStore", _P], Coroutine[Any, Any, _T]]
-Operation = Literal["write", "read", "renew", "claim", "prune", "other"]
 _runs = tables.runs.c
 _UNFINISHED = _runs.ended_at.is_(None)
 _GOING = ("queued", "running")
@@ -143,6 +140,7 @@ class RunSummary:
         last: The number of its last event.
         owner: Who holds it; None for nobody.
         cancel_requested: Whether its owner is to end it.
+        batch_id: As of `NewRun`, likewise the two after it.
     """
 
     run_id: str
@@ -160,6 +158,9 @@ class RunSummary:
     last: int
     owner: str | None
     cancel_requested: bool
+    batch_id: str | None
+    batch_line: int | None
+    custom_id: str | None
 
     @property
     def cursor(self) -> Cursor:
@@ -191,6 +192,7 @@ class RunFilter:
     status: Collection[StoredStatus] = ()
     model: str | None = None
     kind: RunKind | None = None
+    batch_id: str | None = None
     since: float | None = None
     until: float | None = None
 
@@ -202,54 +204,6 @@ class Stored:
     number: int
     at: float
     event: Event
-
-
-class Observer(Protocol):
-    """Is told what a store does."""
-
-    def store_call(self, operation: Operation, seconds: float) -> None:
-        """A call has ended, well or not; the wait for a connection is in it."""
-        ...
-
-    def takeovers(self, runs: int) -> None:
-        """Runs of a lost owner were taken."""
-        ...
-
-    def fenced(self, writes: int) -> None:
-        """Writes were refused, since others have their runs."""
-        ...
-
-
-def _whole(operation: Operation) -> Callable[[_Method[_P, _T]], _Method[_P, _T]]:
-    """Let a transaction go on to its end when the one who waits for it is cancelled.
-
-    A driver that is cancelled may give up its connection as it is: with SQLite, in the middle of a transaction, whose
-    lock kept every writer out until the garbage was collected.
-
-    Args:
-        operation: What its seconds are counted for.
-    """
-
-    def decorate(method: _Method[_P, _T]) -> _Method[_P, _T]:
-        @wraps(method)
-        async def run(store: RunStore, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-            if store._closed:
-                raise StoreUnavailable("it was closed")
-            began = time.perf_counter()
-
-            def ended(task: asyncio.Task[Any]) -> None:
-                store._running.discard(task)
-                if store._observer is not None:
-                    store._observer.store_call(operation, time.perf_counter() - began)
-
-            task = asyncio.create_task(method(store, *args, **kwargs))
-            store._running.add(task)
-            task.add_done_callback(ended)
-            return await asyncio.shield(task)
-
-        return run
-
-    return decorate
 
 
 class RunStore:
@@ -285,8 +239,12 @@ class RunStore:
         self._bells = Bells(self._look, _POLL_S)
         self._listener: asyncio.Task[None] | None = None
         self._cancelled: Callable[[str], None] = lambda run_id: None
-        self._running: set[asyncio.Task[Any]] = set()  # transactions
-        self._closed = False
+        self.transactions = Transactions(observer)
+
+    @property
+    def database(self) -> Database:
+        """Where the runs are."""
+        return self._database
 
     @property
     def name(self) -> str:
@@ -318,18 +276,14 @@ class RunStore:
 
         Whoever waits or comes later is told that the store is not available.
         """
-        self._closed = True
-        await self._settle()
+        self.transactions.closed = True
+        await self.transactions.settle()
         if self._listener is not None:
             self._listener.cancel()
             await asyncio.wait((self._listener,))
         await self._bells.aclose()
-        await self._settle()
+        await self.transactions.settle()
         await self._database.aclose()
-
-    async def _settle(self) -> None:
-        if self._running:
-            await asyncio.wait(self._running)
 
     # Writing: an owner's side.
 
@@ -343,24 +297,11 @@ class RunStore:
             StoreUnavailable: Nobody knows whether it is stored; the same again is safe.
         """
         (rows,) = await _rows([events], keep_traces=self._keep_traces)
-        values = {
-            "run_id": record.run_id,
-            "kind": record.kind,
+        values = row_of(record) | {
             "status": "running" if events else "queued",
-            "model": record.model,
-            "effort": record.effort,
-            "priority": record.priority,
-            "background": record.background,
-            "created_at": record.created_at,
-            "deadline_at": record.deadline_at,
-            "idempotency_key": record.idempotency_key,
-            "body_digest": record.body_digest,
-            "body": codec.deflate(record.body),
-            "metadata": json.dumps(dict(record.metadata)),
             "events": len(events),
             "owner": self.owner,
             "fence": 1,
-            "cancel_requested": False,
         }
         try:
             async with self._database.writing() as connection:
@@ -548,44 +489,47 @@ class RunStore:
             )
 
     @_whole("claim")
-    async def claim_lost(self, limit: int, models: Collection[str]) -> list[Claim]:
-        """Take unfinished runs whose lease is over, the oldest first.
+    async def claim_lost(self, limit: int, models: Collection[str], of_batches: int | None = None) -> list[Claim]:
+        """Take unfinished runs whose lease is over.
 
         Args:
-            limit: Most runs.
+            limit: Most of those for whom somebody waits. They come first, the oldest first.
             models: Those that are served here. A run that is to be cancelled may be of any.
+            of_batches: Most of the others, which are lines of batches; None for what is left of `limit`.
 
         Raises:
             StoreUnavailable: The database does not answer.
         """
-        now = self._database.now
-        lost = (
-            select(_runs.run_id)
-            .where(_UNFINISHED, _runs.lease_until < now, or_(_runs.model.in_(models), _runs.cancel_requested))
-            .order_by(_runs.created_at, _runs.run_id)
-            .limit(limit)
-        )
+        theirs = or_(_runs.model.in_(models), _runs.cancel_requested)
+        lost = select(_runs.run_id).where(_UNFINISHED, _runs.lease_until < self._database.now, theirs)
+        alone = lost.where(_runs.batch_id.is_(None)).order_by(_runs.created_at, _runs.run_id)
+        batched = lost.where(_runs.batch_id.is_not(None)).order_by(_runs.batch_id, _runs.batch_line)
+        found: list[Claim] = []
+        if limit > 0:
+            found += await self._claim(alone.limit(limit))
+        left = limit - len(found) if of_batches is None else of_batches
+        if left > 0:
+            found += await self._claim(batched.limit(left))
+        if self._observer is not None and (lost_before := sum(claim.fence > 1 for claim in found)):
+            self._observer.takeovers(lost_before)  # the others are lines that nobody has had yet
+        return found
+
+    async def _claim(self, which: Select[tuple[str]]) -> list[Claim]:
+        """Take these runs, in their order."""
         async with self._database.reading() as connection:  # every server looks every second: without a lock
-            if (await connection.execute(lost)).first() is None:
+            if (await connection.execute(which)).first() is None:
                 return []
-        lost = lost.with_for_update(skip_locked=True)
         async with self._database.writing() as connection:
-            if self._database.postgres:
-                # Read once, before the update: a subquery may be run anew for each row, and then take other rows.
-                chosen = list((await connection.execute(lost)).scalars())
-                where: ColumnElement[bool] = _runs.run_id.in_(chosen)
-            else:
-                where = _runs.run_id.in_(lost)
-            found = await connection.execute(
+            # Read once, before the update: a subquery may be run anew for each row, and then take other rows.
+            chosen = list((await connection.execute(which.with_for_update(skip_locked=True))).scalars())
+            taken = await connection.execute(
                 update(tables.runs)
-                .where(where)
-                .values(owner=self.owner, fence=_runs.fence + 1, lease_until=now + self.lease_s)
-                .returning(_runs.run_id, _runs.fence, _runs.events, _runs.created_at)
+                .where(_runs.run_id.in_(chosen))
+                .values(owner=self.owner, fence=_runs.fence + 1, lease_until=self._database.now + self.lease_s)
+                .returning(_runs.run_id, _runs.fence, _runs.events)
             )
-            rows = sorted(found, key=lambda row: (row.created_at, row.run_id))
-        if self._observer is not None and rows:
-            self._observer.takeovers(len(rows))
-        return [Claim(row.run_id, row.fence, row.events) for row in rows]
+            claims = {row.run_id: Claim(row.run_id, row.fence, row.events) for row in taken}
+        return [claims[run_id] for run_id in chosen]
 
     # Writing: anybody's side.
 
@@ -707,6 +651,8 @@ class RunStore:
             query = query.where(_runs.model == which.model)
         if which.kind is not None:
             query = query.where(_runs.kind == which.kind)
+        if which.batch_id is not None:
+            query = query.where(_runs.batch_id == which.batch_id)
         if which.since is not None:
             query = query.where(_runs.created_at >= which.since)
         if which.until is not None:
@@ -717,6 +663,17 @@ class RunStore:
             query = query.where(or_(older, twin))
         async with self._database.reading() as connection:
             return [RunSummary(**_summary(row)) for row in await connection.execute(query.limit(limit))]
+
+    @_whole("read")
+    async def runs_of_batch(self, batch_id: str, after: int = 0, limit: int = 50) -> list[StoredRun]:
+        """Runs of a batch, whole, by their lines from `after` on; fewer than `limit` are the last.
+
+        Raises:
+            StoreUnavailable: The database does not answer.
+        """
+        query = select(*_WHOLE).where(_runs.batch_id == batch_id, _runs.batch_line > after)
+        async with self._database.reading() as connection:
+            return [_stored(row) for row in await connection.execute(query.order_by(_runs.batch_line).limit(limit))]
 
     @_whole("read")
     async def events(self, run_id: str, after: int = 0, limit: int | None = None) -> list[Stored]:
@@ -833,18 +790,9 @@ class RunStore:
 
     @_whole("read")
     async def _one(self, which: ColumnElement[bool]) -> StoredRun | None:
-        names = (*_SUMMARY, "body", "body_digest", "result", "error")
         async with self._database.reading() as connection:
-            row = (await connection.execute(select(*(_runs[name] for name in names)).where(which))).first()
-        if row is None:
-            return None
-        return StoredRun(
-            **_summary(row),
-            body=codec.inflate(row.body),
-            body_digest=row.body_digest,
-            result=None if row.result is None else codec.inflate(row.result),
-            error=None if row.error is None else codec.inflate(row.error),
-        )
+            row = (await connection.execute(select(*_WHOLE).where(which))).first()
+        return None if row is None else _stored(row)
 
     @_whole("read")
     async def _is_ours(self, run_id: str) -> bool:
@@ -855,9 +803,12 @@ class RunStore:
 
     @_whole("prune")
     async def _ended_before(self, seconds: float, *which: ColumnElement[bool]) -> list[str]:
-        query = select(_runs.run_id).where(_runs.ended_at < self._database.now - seconds, *which).limit(_BATCH)
+        ended = select(tables.batches.c.batch_id).where(tables.batches.c.status.in_(BATCH_ENDED))
+        # What a batch is still to answer with is kept until it has.
+        answered = or_(_runs.batch_id.is_(None), _runs.batch_id.in_(ended))
+        query = select(_runs.run_id).where(_runs.ended_at < self._database.now - seconds, answered, *which)
         async with self._database.reading() as connection:
-            return list((await connection.execute(query)).scalars())
+            return list((await connection.execute(query.limit(_BATCH))).scalars())
 
 
 _SUMMARY = (
@@ -876,12 +827,50 @@ _SUMMARY = (
     "events",
     "owner",
     "cancel_requested",
+    "batch_id",
+    "batch_line",
+    "custom_id",
 )
 
 
 def _summary(row: Row[Any]) -> dict[str, Any]:
     found = {name: value for name, value in row._mapping.items() if name in _SUMMARY}
     return found | {"metadata": json.loads(found["metadata"]), "last": found.pop("events")}
+
+
+_WHOLE = tuple(_runs[name] for name in (*_SUMMARY, "body", "body_digest", "result", "error"))
+
+
+def _stored(row: Row[Any]) -> StoredRun:
+    return StoredRun(
+        **_summary(row),
+        body=codec.inflate(row.body),
+        body_digest=row.body_digest,
+        result=None if row.result is None else codec.inflate(row.result),
+        error=None if row.error is None else codec.inflate(row.error),
+    )
+
+
+def row_of(record: NewRun) -> dict[str, object]:
+    """The columns of a run that is to be stored; who has it and how far it is are the caller's."""
+    return {
+        "run_id": record.run_id,
+        "kind": record.kind,
+        "model": record.model,
+        "effort": record.effort,
+        "priority": record.priority,
+        "background": record.background,
+        "created_at": record.created_at,
+        "deadline_at": record.deadline_at,
+        "idempotency_key": record.idempotency_key,
+        "body_digest": record.body_digest,
+        "body": codec.deflate(record.body),
+        "metadata": json.dumps(dict(record.metadata)),
+        "cancel_requested": False,
+        "batch_id": record.batch_id,
+        "batch_line": record.batch_line,
+        "custom_id": record.custom_id,
+    }
 
 
 class _Rows(NamedTuple):
