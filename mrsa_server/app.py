@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 import structlog
 from fastapi import FastAPI, Request
@@ -19,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from harness.prompts import load_templates
 from mrsa_server import __version__
-from mrsa_server.api import chat, export, health, models, responses, runs
+from mrsa_server.api import batches, chat, export, files, health, models, responses, runs
 from mrsa_server.api.asking import AskService
 from mrsa_server.api.errors import NO_RETRY, ApiError, StoreAway, to_response
 from mrsa_server.api.idempotency import Keys
@@ -32,6 +33,10 @@ from mrsa_server.runs.journal import Journal
 from mrsa_server.runs.runner import Runner
 from mrsa_server.runs.store_errors import StoreUnavailable
 from mrsa_server.settings import Settings
+
+if TYPE_CHECKING:  # a server without a store loads no database
+    from mrsa_server.runs.batch_keeper import BatchKeeper
+    from mrsa_server.runs.store import RunStore
 
 log = structlog.get_logger("mrsa.http")
 
@@ -62,6 +67,7 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
             metrics,
             journal=journal,
             max_runs=settings.max_runs,
+            max_batch_runs=settings.max_batch_runs,
             max_queued=settings.max_queued,
             engine_wait_s=settings.engine_wait_s,
         )
@@ -72,11 +78,14 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
         routes = {route.kind: route for route in (chat.ROUTE, responses.ROUTE)}
         asking = app.state.asking = AskService(settings, runner, names, templates, keys, routes, store)
         app.state.runs = runs.RunsService(store, runner, templates, settings.keep_alive_s)
+        app.state.batches, app.state.files = None, files.FilesService(None, 0, 0)
         lives = [asyncio.create_task(host.run(), name="engine")]
         if journal is not None:
             lives.append(asyncio.create_task(journal.keep(), name="leases"))
             adopting = runner.adopt(journal, templates, lambda: names.names, asking.revive)
             lives.append(asyncio.create_task(adopting, name="runs left behind"))
+            keeper = keep_batches(app, asking, journal.store)
+            lives.append(asyncio.create_task(keeper.run(), name="batches"))
         for life in lives:
             life.add_done_callback(_mourn)
         try:
@@ -102,6 +111,8 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
     app.include_router(responses.router)
     app.include_router(runs.router)
     app.include_router(export.router)
+    app.include_router(files.router)
+    app.include_router(batches.router)
     app.include_router(models.router)
     app.include_router(health.router)
     app.add_exception_handler(ApiError, _api_error)
@@ -135,6 +146,22 @@ async def open_journal(settings: Settings, metrics: Metrics | None = None) -> Jo
 def _mourn(life: asyncio.Task[None]) -> None:
     if not life.cancelled() and (error := life.exception()) is not None:
         log.error("a part of the server broke", part=life.get_name(), exc_info=error)
+
+
+def keep_batches(app: FastAPI, asking: AskService, store: RunStore) -> BatchKeeper:
+    """Files and batches for their routes, and who keeps them."""
+    from mrsa_server.runs.batch_keeper import BatchKeeper  # a server without a store loads no database
+    from mrsa_server.runs.batch_store import BatchStore
+    from mrsa_server.runs.file_store import FileStore
+
+    settings = asking.settings
+    kept, uploaded = BatchStore(store), FileStore(store)
+    keeper = BatchKeeper(store, kept, uploaded, batches.requests_of(asking), asking.runner.wake)
+    app.state.files = files.FilesService(uploaded, settings.max_file_bytes, settings.body_timeout_s)
+    app.state.batches = batches.BatchesService(
+        kept, uploaded, keeper.wake, settings.body_timeout_s, settings.max_body_bytes
+    )
+    return keeper
 
 
 def places(settings: Settings) -> Places:

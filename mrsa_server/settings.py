@@ -156,7 +156,11 @@ class Settings(BaseSettings):
     # Tokens bound the work, so this bounds memory alone: at its end a `medium` run holds 2 MB, one of `max` 11.
     max_runs: Count = Field(1024, title=_LIMITS, description="runs in flight; more wait")
     max_queued: int = Field(1024, ge=0, title=_LIMITS, description="runs that may wait; more are a 503")
+    max_batch_runs: Count = Field(
+        256, title=_LIMITS, description="runs of batches in flight, beside those of --max-runs; more wait in the store"
+    )
     max_body_bytes: Count = Field(8 * 2**20, title=_LIMITS, description="largest request body")
+    max_file_bytes: Count = Field(100 * 2**20, title=_LIMITS, description="largest file that can be uploaded")
     body_timeout_s: Seconds = Field(30.0, title=_LIMITS, description="seconds within which a body must have arrived")
     max_population: Count = Field(64, title=_LIMITS, description="largest population")
     max_rounds: Count = Field(32, title=_LIMITS, description="most aggregation rounds")

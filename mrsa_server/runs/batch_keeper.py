@@ -11,27 +11,26 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import orjson
 import structlog
 
-from mrsa_server.api.errors import ApiError
+from mrsa_server.api.errors import ApiError, to_stored
 from mrsa_server.runs.batch_lines import Line, LineReader, Raw, Validation, read_line
 from mrsa_server.runs.batch_store import (
     BatchClaim,
     BatchStore,
     LineError,
     NewLine,
-    Spent,
     StoredBatch,
     Written,
 )
 from mrsa_server.runs.file_store import FileStore, Writing
-from mrsa_server.runs.record import BatchStatus, NewRun, RunKind
+from mrsa_server.runs.record import BatchStatus, NewRun, Spent
+from mrsa_server.runs.requests import Requests
 from mrsa_server.runs.store import RunStore, StoredRun
 from mrsa_server.runs.store_errors import BatchLost, NoSuchFile, StoreUnavailable
 
@@ -47,44 +46,6 @@ _RENEWALS = 3  # in the time of a lease
 LATER_MS = 365 * 86_400_000
 
 log = structlog.get_logger("mrsa.batch")
-
-
-class Checked(NamedTuple):
-    """What is known of a body before its run begins; with an error, it never will.
-
-    Attributes:
-        kind: What its answer will be.
-        model: That it asks; empty where it cannot be read.
-        effort: As it was worked out.
-        error: Why it cannot be honoured.
-    """
-
-    kind: RunKind
-    model: str
-    effort: str | None = None
-    error: ApiError | None = None
-
-
-class Answered(NamedTuple):
-    """The body of a response, as JSON, and what it cost."""
-
-    body: bytes
-    spent: Spent
-
-
-@dataclass(frozen=True, slots=True)
-class Requests:
-    """What a keeper is given.
-
-    Attributes:
-        check: The endpoint of a batch and a body -> what is known of it; called in threads.
-        answer: A run that has ended -> its response; raises ApiError where it has none.
-        max_body_bytes: Longest body.
-    """
-
-    check: Callable[[str, bytes], Checked]
-    answer: Callable[[StoredRun], Awaitable[Answered]]
-    max_body_bytes: int
 
 
 class BatchKeeper:
@@ -119,6 +80,7 @@ class BatchKeeper:
 
     async def run(self) -> None:
         """Keep batches until cancelled."""
+        await self._requests.ready()  # until then they are left to others
         async with asyncio.TaskGroup() as tasks:
             for _ in range(_AT_ONCE):
                 tasks.create_task(self._keep())
@@ -231,7 +193,7 @@ class BatchKeeper:
             async for lines in read:
                 for start in range(0, len(lines), _LINES):
                     part = lines[start : start + _LINES]
-                    await self._batches.expand(claim, await asyncio.to_thread(self._runs, batch, part))
+                    await self._batches.expand(claim, [await self._run_of(batch, raw) for raw in part])
 
     async def _validate(self, batch: StoredBatch) -> Validation:
         found = Validation(batch.endpoint, self._requests.max_body_bytes)
@@ -256,27 +218,25 @@ class BatchKeeper:
             yield await asyncio.to_thread(reader.feed, piece)
         yield reader.end()
 
-    def _runs(self, batch: StoredBatch, lines: Sequence[Raw]) -> list[NewLine]:
-        found = []
-        for raw in lines:
-            line = read_line(raw, batch.endpoint, self._requests.max_body_bytes)
-            assert isinstance(line, Line)  # the whole file was found good
-            checked = self._requests.check(batch.endpoint, line.body)
-            run = NewRun(
-                run_id=f"run_{batch.batch_id.removeprefix('batch_')}_{line.number:05}",
-                kind=checked.kind,
-                body=line.body,
-                model=checked.model.replace("\0", "\ufffd"),  # Postgres has no NUL, and no such model is served
-                effort=checked.effort,
-                priority=int(batch.created_at * 1000) + LATER_MS + line.number,
-                background=True,
-                created_at=batch.created_at,
-                batch_id=batch.batch_id,
-                batch_line=line.number,
-                custom_id=line.custom_id,
-            )
-            found.append(NewLine(run, None if checked.error is None else orjson.dumps(checked.error.body())))
-        return found
+    async def _run_of(self, batch: StoredBatch, raw: Raw) -> NewLine:
+        line = read_line(raw, batch.endpoint, self._requests.max_body_bytes)
+        assert isinstance(line, Line)  # the whole file was found good
+        checked = await self._requests.check(batch.endpoint, line.body)
+        run = NewRun(
+            run_id=f"run_{batch.batch_id.removeprefix('batch_')}_{line.number:05}",
+            kind=checked.kind,
+            body=checked.body,
+            model=checked.model.replace("\0", "\ufffd"),  # Postgres has no NUL, and no such model is served
+            effort=checked.effort,
+            priority=int(batch.created_at * 1000) + LATER_MS + line.number,
+            background=True,
+            created_at=batch.created_at,
+            metadata=checked.metadata,
+            batch_id=batch.batch_id,
+            batch_line=line.number,
+            custom_id=line.custom_id,
+        )
+        return NewLine(run, None if checked.error is None else to_stored(checked.error))
 
     # Runs -> files.
 
@@ -421,4 +381,4 @@ _EXPIRED = "batch_expired", "This request could not be executed before the compl
 
 
 def _said(code: str, message: str) -> bytes:
-    return orjson.dumps(ApiError(409, code, message).body())
+    return to_stored(ApiError(409, code, message))

@@ -16,7 +16,7 @@ from sqlalchemy import ColumnElement, Row, and_, case, func, literal, or_, selec
 from sqlalchemy.dialects import postgresql, sqlite
 
 from mrsa_server.runs import codec, tables
-from mrsa_server.runs.record import BATCH_ENDED, BatchStatus, NewRun
+from mrsa_server.runs.record import BATCH_ENDED, BatchStatus, NewRun, Spent
 from mrsa_server.runs.store import RunStore, row_of
 from mrsa_server.runs.store_errors import BatchLost
 from mrsa_server.runs.transactions import whole
@@ -64,18 +64,6 @@ class LineError(NamedTuple):
     message: str
     line: int | None = None
     param: str | None = None
-
-
-class Spent(NamedTuple):
-    """Tokens of a batch's answers."""
-
-    input_tokens: int = 0
-    cached_tokens: int = 0
-    output_tokens: int = 0
-    reasoning_tokens: int = 0
-
-    def __add__(self, other: Spent) -> Spent:  # type: ignore[override]  # a sum, where tuples would be joined
-        return Spent(*(one + two for one, two in zip(self, other, strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +172,18 @@ class BatchStore:
         """
         async with self._database.reading() as connection:
             row = (await connection.execute(select(*_COLUMNS).where(_batches.batch_id == batch_id))).first()
+        return None if row is None else _batch(row)
+
+    @whole("read")
+    async def find_key(self, idempotency_key: str) -> StoredBatch | None:
+        """The batch that an idempotency key stands for; None for nothing.
+
+        Raises:
+            StoreUnavailable: The database does not answer.
+        """
+        query = select(*_COLUMNS).where(_batches.idempotency_key == idempotency_key)
+        async with self._database.reading() as connection:
+            row = (await connection.execute(query)).first()
         return None if row is None else _batch(row)
 
     @whole("read")

@@ -214,12 +214,13 @@ class Journal:
             if book.claim.run_id == run_id:
                 book.cancel()
 
-    async def claim_lost(self, limit: int, models: Collection[str]) -> list[Claim]:
+    async def claim_lost(self, limit: int, models: Collection[str], of_batches: int | None = None) -> list[Claim]:
         """Take runs that were left behind; none for a lease's time after one in which leases could not be renewed.
 
         Args:
             limit: As the store.
             models: Likewise.
+            of_batches: Likewise.
 
         Raises:
             StoreUnavailable: As the store.
@@ -228,7 +229,7 @@ class Journal:
             await self.renew()  # or it would take its own runs
         if time.time() < self._claims_from:
             return []
-        return await self.store.claim_lost(limit, models)
+        return await self.store.claim_lost(limit, models, of_batches)
 
     def _renewed_within(self, share: float) -> bool:
         return 0 <= time.time() - self._renewed_at < share * self.store.lease_s

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 RunKind = Literal["chat.completion", "response"]
 Ended = Literal["finished", "stopped", "failed", "cancelled", "refused"]
@@ -53,3 +53,15 @@ class NewRun:
     batch_id: str | None = None
     batch_line: int | None = None
     custom_id: str | None = None
+
+
+class Spent(NamedTuple):
+    """Tokens of a batch's answers."""
+
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    reasoning_tokens: int = 0
+
+    def __add__(self, other: Spent) -> Spent:  # type: ignore[override]  # a sum, where tuples would be joined
+        return Spent(*(one + two for one, two in zip(self, other, strict=True)))

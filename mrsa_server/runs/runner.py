@@ -73,6 +73,7 @@ _FIRST_PAUSE_S = 0.05
 _MEASURED_TOKENS = 512
 _CLOSING_S = 5.0  # for the last words of runs, when the server leaves; their leases end by themselves
 _LOOK_S = 1.0  # between looks for runs that were left behind
+_TOGETHER_S = 0.05  # in which places of batches that come free are filled together
 _TAKEN_AT_ONCE = 64  # runs that were left behind; others that share the store may have room too
 # What a server answers to a request that would be refused the next time too.
 _REFUSALS = frozenset({400, 413, 422})
@@ -227,6 +228,7 @@ class Run:
         book: Its log; None where nothing is written down.
         detached: Whether it goes on without a reader, and waits for its engine: one in the background, or one that was
             taken up from its log.
+        batch: Whether it is a line of a batch: it has places of its own, and yields to all others.
         stored: Set once it is in the store, and at its end.
         ended_at: Unix seconds, of one that is told again from its log.
     """
@@ -242,6 +244,7 @@ class Run:
     task: asyncio.Task[None] | None = field(default=None, repr=False)
     book: Book | None = field(default=None, repr=False)
     detached: bool = False
+    batch: bool = False
     stored: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
     ended_at: float | None = None
     clocks: dict[int, _Clock] = field(default_factory=dict)
@@ -369,6 +372,7 @@ class Runner:
         max_runs: int,
         max_queued: int,
         engine_wait_s: float,
+        max_batch_runs: int = 256,
         journal: Journal | None = None,
     ) -> None:
         self.host = host
@@ -379,11 +383,14 @@ class Runner:
         self._metrics = metrics
         self._max_runs = max_runs
         self._max_queued = max_queued
+        self._max_batch_runs = max_batch_runs
         self._engine_wait_s = engine_wait_s
         self._journal = journal
         self._closing: set[asyncio.Task[None]] = set()  # books of runs that have ended
         self._places = asyncio.Semaphore(max_runs)
         self._runs: set[Run] = set()
+        self._batch_runs = 0  # of those
+        self._woken = asyncio.Event()  # there may be runs to take up, and room for them
         self._priority = 0
         self._judge = MathJudge()
 
@@ -413,7 +420,7 @@ class Runner:
         if self.draining:
             self._metrics.count_rejection("shutting_down")
             raise ShuttingDown
-        alive = len(self._runs)
+        alive = len(self._runs) - self._batch_runs
         if alive >= self._max_runs + self._max_queued:
             self._metrics.count_rejection("overloaded")
             raise Overloaded(self._max_runs, alive - self._max_runs)
@@ -426,6 +433,7 @@ class Runner:
 
     def _let_go(self, run: Run, life: Callable[[], Awaitable[None]]) -> None:
         self._runs.add(run)
+        self._batch_runs += run.batch
         run.task = asyncio.create_task(self._own(run, life), name=f"run {run.id}")
         run.task.add_done_callback(lambda _: self._forget(run))
 
@@ -446,16 +454,30 @@ class Runner:
         """
         await self.host.wait_up(None)  # one without an engine leaves them to others
         while not self.draining:
-            room = self._max_runs - len(self._runs)
+            room = min(_TAKEN_AT_ONCE, self._max_runs - (len(self._runs) - self._batch_runs))
+            of_batches = min(_TAKEN_AT_ONCE, self._max_batch_runs - self._batch_runs)
             claims: list[Claim] = []
             try:
-                claims = await journal.claim_lost(min(_TAKEN_AT_ONCE, room), models() or ()) if room > 0 else []
+                claims = await journal.claim_lost(max(0, room), models() or (), max(0, of_batches))
                 for claim in claims:
                     await self._take_up(journal, claim, templates, revive)
             except StoreUnavailable as error:
                 log.warning("store is away", reason=str(error))
             if len(claims) < _TAKEN_AT_ONCE:
-                await asyncio.sleep(min(journal.store.lease_s / 2, _LOOK_S))
+                await self._rest(min(journal.store.lease_s / 2, _LOOK_S))
+
+    def wake(self) -> None:
+        """There may be runs to take up, or room for more of them."""
+        self._woken.set()
+
+    async def _rest(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._woken.wait()
+                await asyncio.sleep(_TOGETHER_S)
+        except TimeoutError:
+            pass
+        self._woken.clear()
 
     async def _take_up(self, journal: Journal, claim: Claim, templates: Templates, revive: Revive) -> None:
         record = await journal.store.get(claim.run_id)
@@ -463,7 +485,8 @@ class Runner:
             return
         unix_to_loop = asyncio.get_running_loop().time() - time.time()
         # Another server's clock may be ahead of this one's.
-        run = Run(claim.run_id, min(record.created_at, time.time()) + unix_to_loop, detached=True)
+        begun = min(record.created_at, time.time()) + unix_to_loop
+        run = Run(claim.run_id, begun, detached=True, batch=record.batch_id is not None)
         if record.deadline_at is not None:
             run.deadline = record.deadline_at + unix_to_loop
         run.book = journal.take(claim, *_ends(run))
@@ -476,7 +499,11 @@ class Runner:
         self, run: Run, book: Book, journal: Journal, templates: Templates, revive: Callable[[], Prepare]
     ) -> None:
         """The further life of a run that was left behind."""
-        events = [stored.event for stored in await journal.store.events(run.id)]
+        log_so_far = await journal.store.events(run.id)
+        events = [stored.event for stored in log_so_far]
+        if run.batch:  # its time begins with its turn: a batch may take a day
+            waited_s = time.time() - log_so_far[0].at if log_so_far else 0.0
+            run.begun = asyncio.get_running_loop().time() - max(0.0, waited_s)
         if events:
             try:
                 run.state = replay(events, templates)
@@ -489,12 +516,14 @@ class Runner:
         log.info("run is taken up", run_id=run.id, events=len(events), rollouts=len(run.state.rollouts))
         if run.state.outcome is not None:
             return
-        await self._enter()
+        if run.batch and run.state.params.deadline_s is not None:
+            run.deadline = run.begun + run.state.params.deadline_s
+        await self._enter(run)
         try:
             await self.host.wait_up(None)
             await self._drive(run, Watch.NONE)
         finally:
-            self._leave()
+            self._leave(run)
 
     def _close(self, run: Run, status: RunStatus) -> None:
         """Write down how a run ended, or leave it to others, behind the back of those who wait for its answer."""
@@ -573,11 +602,11 @@ class Runner:
                 await self._write_down(run, record, prepared.state.started)
             run.state = prepared.state
             run.publish(prepared)
-            await self._enter()
+            await self._enter(run)
         try:
             await self._drive(run, prepared.watch)
         finally:
-            self._leave()
+            self._leave(run)
 
     async def _write_down(self, run: Run, record: NewRun, *events: Event) -> None:
         """From here on the run outlives this server."""
@@ -592,20 +621,28 @@ class Runner:
     def _forget(self, run: Run) -> None:
         """Let go of a run whose task has ended, even if it was cancelled before its first step."""
         self._runs.discard(run)
+        if run.batch:
+            self._batch_runs -= 1
+            self.wake()
         run.end()
 
-    async def _enter(self) -> None:
-        """Wait for one of `max_runs` places, first come, first served; `_leave` gives it back."""
+    async def _enter(self, run: Run) -> None:
+        """Wait for one of `max_runs` places, first come, first served; `_leave` gives it back.
+
+        A run of a batch is taken up where it has one already.
+        """
         self._metrics.queued.inc()
         try:
-            await self._places.acquire()
+            if not run.batch:
+                await self._places.acquire()
         finally:
             self._metrics.queued.dec()
         self._metrics.running.inc()
 
-    def _leave(self) -> None:
+    def _leave(self, run: Run) -> None:
         self._metrics.running.dec()
-        self._places.release()
+        if not run.batch:
+            self._places.release()
 
     async def _prepare(self, prepare: Prepare, run: Run) -> Prepared:
         for deaths in range(_MOST_DEATHS):
@@ -628,7 +665,7 @@ class Runner:
         assert run.state is not None
         params = run.state.params
         plain = not params.rounds and params.population == 1
-        engine = self._admission.through(self.host.engine, run.begun, plain=plain)
+        engine = self._admission.through(self.host.engine, run.begun, plain=plain, batch=run.batch)
         lost_tokens: int | None = None
         deaths, ended = 0, 0
         while True:

@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 
 from mrsa_server.api.errors import ApiError, BadRequest, EngineFailed
 from mrsa_server.runs import batch_keeper, batch_lines
-from mrsa_server.runs.batch_keeper import Answered, BatchKeeper, Checked, Requests
+from mrsa_server.runs.batch_keeper import BatchKeeper
 from mrsa_server.runs.batch_lines import LineReader, Validation
-from mrsa_server.runs.batch_store import BatchStore, Counts, LineError, NewBatch, Spent, StoredBatch
+from mrsa_server.runs.batch_store import BatchStore, Counts, LineError, NewBatch, StoredBatch
 from mrsa_server.runs.file_store import FileStore, StoredFile
+from mrsa_server.runs.record import Spent
+from mrsa_server.runs.requests import Answered, Checked, Requests
 from mrsa_server.runs.store import Entry, RunStore, StoredRun
 from mrsa_server.runs.store_errors import StoreUnavailable
 
@@ -91,11 +93,15 @@ def test_of_many_errors_a_hundred_are_told() -> None:
     assert len(errors_of(b"{\n" * 500)) == 100
 
 
-def check(endpoint: str, body: bytes) -> Checked:
+async def check(endpoint: str, body: bytes) -> Checked:
     assert endpoint == CHAT
     if orjson.loads(body).get("bad"):
-        return Checked("chat.completion", "m\0", None, BadRequest("bad: is bad", "bad"))
-    return Checked("chat.completion", "m", "low")
+        return Checked("chat.completion", body, "m\0", error=BadRequest("bad: is bad", "bad"))
+    return Checked("chat.completion", body, "m", "low")
+
+
+async def ready() -> None:
+    pass
 
 
 async def answer(run: StoredRun) -> Answered:
@@ -111,7 +117,7 @@ class Site:
         self.store, self.batches, self.files = store, BatchStore(store), FileStore(store)
 
     def keeper(self, answer: Callable[[StoredRun], Awaitable[Answered]] = answer) -> BatchKeeper:
-        return BatchKeeper(self.store, self.batches, self.files, Requests(check, answer, MOST), lambda: None)
+        return BatchKeeper(self.store, self.batches, self.files, Requests(ready, check, answer, MOST), lambda: None)
 
     async def uploaded(self, data: bytes) -> StoredFile:
         writing = await self.files.begin("in.jsonl", "batch", time.time(), None)
@@ -135,7 +141,7 @@ class Site:
 
     async def work(self, most: int = 1000) -> int:
         """Answer runs as servers would."""
-        claims = await self.store.claim_lost(most)
+        claims = await self.store.claim_lost(most, ["m"])
         await self.store.write_many([Entry(claim, status="finished") for claim in claims])
         return len(claims)
 
@@ -240,7 +246,7 @@ async def test_a_batch_that_is_cancelled_tells_what_it_has(site: Site) -> None:
     async with kept(site.keeper()):
         await site.until("in_progress")
         assert await site.work(10) == 10
-        (held,) = await site.store.claim_lost(1)
+        (held,) = await site.store.claim_lost(1, ["m"])
         await site.batches.request_cancel("batch_1")
         async with asyncio.timeout(10):
             while True:

@@ -15,10 +15,10 @@ from sqlalchemy import Connection, text
 
 from mrsa_server import migrations
 from mrsa_server.runs import tables
-from mrsa_server.runs.batch_store import BatchClaim, BatchStore, Counts, LineError, NewBatch, NewLine, Spent, Written
+from mrsa_server.runs.batch_store import BatchClaim, BatchStore, Counts, LineError, NewBatch, NewLine, Written
 from mrsa_server.runs.database import Database
 from mrsa_server.runs.file_store import PIECE_BYTES, FileStore, Writing
-from mrsa_server.runs.record import NewRun
+from mrsa_server.runs.record import NewRun, Spent
 from mrsa_server.runs.store import RunFilter, RunStore
 from mrsa_server.runs.store_errors import BatchLost, Fenced, NoSuchFile
 
@@ -181,7 +181,7 @@ async def test_an_expansion_that_is_repeated_makes_each_run_once(batches: BatchS
     claim = await batches.claim_due()
     assert claim == BatchClaim("batch_1", 1)
     await batches.expand(claim, lines(3, refused=(2,)))
-    taken = await store.claim_lost(1)
+    taken = await store.claim_lost(1, ["m"])
     await batches.expand(claim, lines(7, refused=(2,)))
     await batches.start(claim, 7)
     runs = await store.runs_of_batch("batch_1")
@@ -244,7 +244,7 @@ async def test_a_batch_is_due_when_its_runs_have_ended_or_its_window_is_over(
 ) -> None:
     await begun(batches, 2)
     assert await batches.claim_due() is None
-    for claim in await store.claim_lost(9):
+    for claim in await store.claim_lost(9, ["m"]):
         assert await batches.claim_due() is None
         await store.finish(claim, "finished")
     claim = await batches.claim_due()
@@ -279,7 +279,7 @@ async def test_a_batch_that_is_cancelled_is_expanded_no_further_and_its_runs_are
     claim = await batches.claim_due()
     assert claim is not None
     await batches.expand(claim, lines(600))
-    (mine,) = await store.claim_lost(1)
+    (mine,) = await store.claim_lost(1, ["m"])
     cancelling = await batches.request_cancel("batch_1")
     assert cancelling is not None
     assert cancelling.status == "cancelling"
@@ -292,14 +292,14 @@ async def test_a_batch_that_is_cancelled_is_expanded_no_further_and_its_runs_are
     assert await batches.cut("batch_1", b'{"error": 1}') == 0
     assert await batches.counts(["batch_1"]) == {"batch_1": Counts(0, 0, 1, 599, "m")}
     assert (await store.runs_of_batch("batch_1"))[1].error == b'{"error": 1}'
-    assert await store.claim_lost(9) == []
+    assert await store.claim_lost(9, ["m"]) == []
     assert await batches.request_cancel("batch_none") is None
 
 
 async def test_a_run_that_is_cut_is_fenced(batches: BatchStore, store: RunStore) -> None:
     await begun(batches, 1)
     store.lease_s = 0.05
-    (mine,) = await store.claim_lost(1)
+    (mine,) = await store.claim_lost(1, ["m"])
     await asyncio.sleep(0.15)
     assert await batches.cut("batch_1", b"{}") == 0
     with pytest.raises(Fenced):
@@ -310,7 +310,7 @@ async def test_a_batch_ends_once_and_its_files_are_there_at_that_moment(
     batches: BatchStore, files: FileStore, store: RunStore
 ) -> None:
     await begun(batches, 1)
-    (run,) = await store.claim_lost(1)
+    (run,) = await store.claim_lost(1, ["m"])
     await store.finish(run, "finished")
     claim = await batches.claim_due()
     assert claim is not None
@@ -342,15 +342,17 @@ async def test_runs_for_whom_somebody_waits_are_taken_before_those_of_batches(
     await begun(batches, 1, "batch_3")
     for name in ("a", "b"):
         await store.release(await store.create(NewRun(name, "response", b"{}", "m", created_at=9e9)))
-    assert [claim.run_id for claim in await store.claim_lost(3, 9)] == ["a", "b", "run_batch_2_00001"]
-    assert [claim.run_id for claim in await store.claim_lost(9, 2)] == ["run_batch_2_00002", "run_batch_2_00003"]
-    assert await store.claim_lost(9, 0) == []
-    assert [claim.run_id for claim in await store.claim_lost(9)][1:] == ["run_batch_2_00005", "run_batch_3_00001"]
+    assert [claim.run_id for claim in await store.claim_lost(1, ["m"], 0)] == ["a"]
+    assert [claim.run_id for claim in await store.claim_lost(2, ["m"])] == ["b", "run_batch_2_00001"]
+    assert [claim.run_id for claim in await store.claim_lost(9, ["m"], 2)] == ["run_batch_2_00002", "run_batch_2_00003"]
+    assert await store.claim_lost(9, ["m"], 0) == []
+    assert [claim.run_id for claim in await store.claim_lost(0, ["m"], 1)] == ["run_batch_2_00004"]
+    assert [claim.run_id for claim in await store.claim_lost(9, ["m"])] == ["run_batch_2_00005", "run_batch_3_00001"]
 
 
 async def test_runs_of_a_batch_that_goes_on_are_not_pruned(batches: BatchStore, store: RunStore) -> None:
     await begun(batches, 1)
-    (run,) = await store.claim_lost(1)
+    (run,) = await store.claim_lost(1, ["m"])
     await store.finish(run, "finished")
     await asyncio.sleep(0.02)
     assert await store.prune(runs_older_than_s=0.01) == (0, 0, 0)
@@ -398,6 +400,6 @@ async def test_a_store_of_the_first_version_is_upgraded_with_its_runs(before: Da
         found = await store.get("old")
         assert found is not None
         assert (found.batch_id, found.batch_line, found.custom_id) == (None, None, None)
-        assert [claim.run_id for claim in await store.claim_lost(9)] == ["old"]
+        assert [claim.run_id for claim in await store.claim_lost(9, ["m"])] == ["old"]
     finally:
         await store.aclose()
