@@ -22,6 +22,7 @@ class _Command(NamedTuple):
 _COMMANDS = (
     _Command("serve", "serve the OpenAI API over an engine", "mrsa_server.serve"),
     _Command("ask", "ask a question, watch the rounds, get the answer", "mrsa_server.ask"),
+    _Command("batch", "answer a file of problems, over restarts and cut connections", "mrsa_server.batch"),
     _Command("plan", "forecast wall times, tokens and cost of a load on a fleet", "mrsa_server.plan"),
     _Command("runs", "list, show, follow, cancel and export stored runs", "mrsa_server.history"),
     _Command("export", "write stored runs as training data for trl", "mrsa_server.export"),

@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, StringConstraints, ValidationError
+from pydantic_core import PydanticCustomError
 
 from mrsa_server.api.errors import BadRequest
 from mrsa_server.api.wire import Name, Wire, of_validation, read_object
@@ -23,7 +24,8 @@ _WINDOW = re.compile(r"([1-9][0-9]{0,3})([hd])", re.ASCII)
 
 def _window(given: str) -> str:
     if not 1 <= hours(given) <= LONGEST_H:
-        raise ValueError(f"must be hours or days such as 24h or 7d, and at most 30d, not {given[:64]!r}")
+        message = "must be hours or days such as 24h or 7d, and at most 30d, not {given}"
+        raise PydanticCustomError("invalid_value", message, {"given": repr(given[:64])})
     return given
 
 
