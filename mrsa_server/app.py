@@ -28,6 +28,7 @@ from mrsa_server.metrics import Metrics, StoreMetrics
 from mrsa_server.runs.admission import Admission
 from mrsa_server.runs.host import EngineHost
 from mrsa_server.runs.journal import Journal
+from mrsa_server.runs.pulse import Pulse
 from mrsa_server.runs.runner import Runner
 from mrsa_server.runs.store_errors import StoreUnavailable
 from mrsa_server.settings import Settings
@@ -54,7 +55,7 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
             max_calls=places(settings).calls,
         )
         templates = load_templates()
-        journal = await open_journal(settings, metrics)
+        journal = await open_journal(settings)
         runner = Runner(
             host,
             admission,
@@ -69,9 +70,11 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
         app.state.metrics, app.state.runner, app.state.models = metrics, runner, names
         app.state.chat = chat.ChatService(settings, runner, names, templates, keys)
         store = None if journal is None else journal.store
+        pulse = app.state.pulse = None if store is None else Pulse(store)
         app.state.runs = runs.RunsService(store, runner, templates, settings.keep_alive_s)
         lives = [asyncio.create_task(host.run(), name="engine")]
         if journal is not None:
+            journal.store.observer = metrics.store = StoreMetrics(metrics)
             lives.append(asyncio.create_task(journal.keep(), name="leases"))
             lives.append(
                 asyncio.create_task(runner.adopt(journal, templates, lambda: names.names), name="runs left behind")
@@ -86,6 +89,8 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
             for life in lives:
                 life.cancel()
             await asyncio.wait(lives)
+            if pulse is not None:
+                await pulse.aclose()
             if journal is not None:
                 await journal.store.aclose()
 
@@ -109,12 +114,8 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
     return app
 
 
-async def open_journal(settings: Settings, metrics: Metrics | None = None) -> Journal | None:
+async def open_journal(settings: Settings) -> Journal | None:
     """Where runs are written down; None where they are not.
-
-    Args:
-        settings: All of them.
-        metrics: Get those of the store.
 
     Raises:
         StoreError: The database cannot be used as it is.
@@ -124,8 +125,7 @@ async def open_journal(settings: Settings, metrics: Metrics | None = None) -> Jo
     from mrsa_server.runs.store import RunStore  # a server without a store loads no database
 
     url, owner = settings.store_url.get_secret_value(), f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
-    observer = None if metrics is None else StoreMetrics(metrics)
-    store = RunStore(url, owner=owner, lease_s=settings.lease_s, observer=observer)
+    store = RunStore(url, owner=owner, lease_s=settings.lease_s)
     await store.open()
     return Journal(store)
 

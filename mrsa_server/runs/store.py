@@ -239,8 +239,8 @@ def _whole(operation: Operation) -> Callable[[_Method[_P, _T]], _Method[_P, _T]]
 
             def ended(task: asyncio.Task[Any]) -> None:
                 store._running.discard(task)
-                if store._observer is not None:
-                    store._observer.store_call(operation, time.perf_counter() - began)
+                if store.observer is not None:
+                    store.observer.store_call(operation, time.perf_counter() - began)
 
             task = asyncio.create_task(method(store, *args, **kwargs))
             store._running.add(task)
@@ -261,6 +261,8 @@ class RunStore:
         lease_s: Seconds that a claim holds without `renew` or `append`.
         keep_traces: Whether traces are stored at all.
         wait_s: Seconds to wait for a lock, a connection or an answer of the database.
+
+    Attributes:
         observer: Is told what is done here.
 
     Raises:
@@ -275,12 +277,11 @@ class RunStore:
         lease_s: float,
         keep_traces: bool = True,
         wait_s: float = 10.0,
-        observer: Observer | None = None,
     ) -> None:
         self.owner = owner
         self.lease_s = lease_s
         self._keep_traces = keep_traces
-        self._observer = observer
+        self.observer: Observer | None = None
         self._database = Database(url, wait_s)
         self._bells = Bells(self._look, _POLL_S)
         self._listener: asyncio.Task[None] | None = None
@@ -504,8 +505,8 @@ class RunStore:
                 await self._notify(connection, *(str(change["which"]) for change in changed))
         for change in changed:
             self._bells.ring(str(change["which"]))
-        if self._observer is not None and (fenced := sum(isinstance(one, Fenced) for one in found)):
-            self._observer.fenced(fenced)
+        if self.observer is not None and (fenced := sum(isinstance(one, Fenced) for one in found)):
+            self.observer.fenced(fenced)
         return found
 
     @_whole("renew")
@@ -583,8 +584,8 @@ class RunStore:
                 .returning(_runs.run_id, _runs.fence, _runs.events, _runs.created_at)
             )
             rows = sorted(found, key=lambda row: (row.created_at, row.run_id))
-        if self._observer is not None and rows:
-            self._observer.takeovers(len(rows))
+        if self.observer is not None and rows:
+            self.observer.takeovers(len(rows))
         return [Claim(row.run_id, row.fence, row.events) for row in rows]
 
     # Writing: anybody's side.
