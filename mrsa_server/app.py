@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from math import isinf
 
 import structlog
 from fastapi import FastAPI, Request
@@ -29,9 +30,12 @@ from mrsa_server.runs.admission import Admission
 from mrsa_server.runs.host import EngineHost
 from mrsa_server.runs.journal import Journal
 from mrsa_server.runs.pulse import Pulse
+from mrsa_server.runs.retention import Keep, forget
 from mrsa_server.runs.runner import Runner
 from mrsa_server.runs.store_errors import StoreUnavailable
 from mrsa_server.settings import Settings
+
+_DAY_S = 86_400.0
 
 log = structlog.get_logger("mrsa.http")
 
@@ -76,6 +80,7 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
         if journal is not None:
             journal.store.observer = metrics.store = StoreMetrics(metrics)
             lives.append(asyncio.create_task(journal.keep(), name="leases"))
+            lives.append(asyncio.create_task(forget(journal.store, kept(settings)), name="retention"))
             lives.append(
                 asyncio.create_task(runner.adopt(journal, templates, lambda: names.names), name="runs left behind")
             )
@@ -125,7 +130,7 @@ async def open_journal(settings: Settings) -> Journal | None:
     from mrsa_server.runs.store import RunStore  # a server without a store loads no database
 
     url, owner = settings.store_url.get_secret_value(), f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
-    store = RunStore(url, owner=owner, lease_s=settings.lease_s)
+    store = RunStore(url, owner=owner, lease_s=settings.lease_s, keep_traces=settings.keep_traces_days > 0)
     await store.open()
     return Journal(store)
 
@@ -133,6 +138,16 @@ async def open_journal(settings: Settings) -> Journal | None:
 def _mourn(life: asyncio.Task[None]) -> None:
     if not life.cancelled() and (error := life.exception()) is not None:
         log.error("a part of the server broke", part=life.get_name(), exc_info=error)
+
+
+def kept(settings: Settings) -> Keep:
+    """How long what is stored is kept."""
+    runs, traces = (_DAY_S * days for days in (settings.keep_runs_days, settings.keep_traces_days))
+    return Keep(
+        runs_s=None if isinf(runs) else runs,
+        traces_s=None if isinf(traces) else traces,
+        keys_s=settings.idempotency_keep_s,
+    )
 
 
 def places(settings: Settings) -> Places:
