@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from math import isinf
 
 import structlog
 from fastapi import FastAPI, Request
@@ -29,9 +30,13 @@ from mrsa_server.metrics import Metrics, StoreMetrics
 from mrsa_server.runs.admission import Admission
 from mrsa_server.runs.host import EngineHost
 from mrsa_server.runs.journal import Journal
+from mrsa_server.runs.pulse import Pulse
+from mrsa_server.runs.retention import Keep, forget
 from mrsa_server.runs.runner import Runner
 from mrsa_server.runs.store_errors import StoreUnavailable
 from mrsa_server.settings import Settings
+
+_DAY_S = 86_400.0
 
 log = structlog.get_logger("mrsa.http")
 
@@ -55,7 +60,7 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
             max_calls=places(settings).calls,
         )
         templates = load_templates()
-        journal = await open_journal(settings, metrics)
+        journal = await open_journal(settings)
         runner = Runner(
             host,
             admission,
@@ -71,10 +76,13 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
         store = None if journal is None else journal.store
         routes = {route.kind: route for route in (chat.ROUTE, responses.ROUTE)}
         asking = app.state.asking = AskService(settings, runner, names, templates, keys, routes, store)
+        pulse = app.state.pulse = None if store is None else Pulse(store)
         app.state.runs = runs.RunsService(store, runner, templates, settings.keep_alive_s)
         lives = [asyncio.create_task(host.run(), name="engine")]
         if journal is not None:
+            journal.store.observer = metrics.store = StoreMetrics(metrics)
             lives.append(asyncio.create_task(journal.keep(), name="leases"))
+            lives.append(asyncio.create_task(forget(journal.store, kept(settings)), name="retention"))
             adopting = runner.adopt(journal, templates, lambda: names.names, asking.revive)
             lives.append(asyncio.create_task(adopting, name="runs left behind"))
         for life in lives:
@@ -87,6 +95,8 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
             for life in lives:
                 life.cancel()
             await asyncio.wait(lives)
+            if pulse is not None:
+                await pulse.aclose()
             if journal is not None:
                 await journal.store.aclose()
 
@@ -111,12 +121,8 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
     return app
 
 
-async def open_journal(settings: Settings, metrics: Metrics | None = None) -> Journal | None:
+async def open_journal(settings: Settings) -> Journal | None:
     """Where runs are written down; None where they are not.
-
-    Args:
-        settings: All of them.
-        metrics: Get those of the store.
 
     Raises:
         StoreError: The database cannot be used as it is.
@@ -126,8 +132,7 @@ async def open_journal(settings: Settings, metrics: Metrics | None = None) -> Jo
     from mrsa_server.runs.store import RunStore  # a server without a store loads no database
 
     url, owner = settings.store_url.get_secret_value(), f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
-    observer = None if metrics is None else StoreMetrics(metrics)
-    store = RunStore(url, owner=owner, lease_s=settings.lease_s, observer=observer)
+    store = RunStore(url, owner=owner, lease_s=settings.lease_s, keep_traces=settings.keep_traces_days > 0)
     await store.open()
     return Journal(store)
 
@@ -135,6 +140,16 @@ async def open_journal(settings: Settings, metrics: Metrics | None = None) -> Jo
 def _mourn(life: asyncio.Task[None]) -> None:
     if not life.cancelled() and (error := life.exception()) is not None:
         log.error("a part of the server broke", part=life.get_name(), exc_info=error)
+
+
+def kept(settings: Settings) -> Keep:
+    """How long what is stored is kept."""
+    runs, traces = (_DAY_S * days for days in (settings.keep_runs_days, settings.keep_traces_days))
+    return Keep(
+        runs_s=None if isinf(runs) else runs,
+        traces_s=None if isinf(traces) else traces,
+        keys_s=settings.idempotency_keep_s,
+    )
 
 
 def places(settings: Settings) -> Places:

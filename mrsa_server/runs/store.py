@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import wraps
@@ -25,6 +25,7 @@ from sqlalchemy import (
     ColumnElement,
     Executable,
     Row,
+    Select,
     and_,
     bindparam,
     case,
@@ -34,6 +35,7 @@ from sqlalchemy import (
     or_,
     select,
     text,
+    tuple_,
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
@@ -54,6 +56,8 @@ _POLL_S = 0.25  # where nobody tells us what other processes write
 _LISTENING_POLL_S = 5.0  # beside LISTEN, in case a word was lost
 _RECONNECT_S = 1.0
 _BATCH = 500  # runs in one statement
+_FORGOTTEN = 400  # events of the runs in one transaction that deletes: with traces up to 16 MB, some 60 ms
+_BREATH_S = 0.02  # between such transactions, for writers in other processes, who ask now and then
 
 log = structlog.get_logger("mrsa.store")
 _P = ParamSpec("_P")
@@ -239,8 +243,8 @@ def _whole(operation: Operation) -> Callable[[_Method[_P, _T]], _Method[_P, _T]]
 
             def ended(task: asyncio.Task[Any]) -> None:
                 store._running.discard(task)
-                if store._observer is not None:
-                    store._observer.store_call(operation, time.perf_counter() - began)
+                if store.observer is not None:
+                    store.observer.store_call(operation, time.perf_counter() - began)
 
             task = asyncio.create_task(method(store, *args, **kwargs))
             store._running.add(task)
@@ -261,6 +265,8 @@ class RunStore:
         lease_s: Seconds that a claim holds without `renew` or `append`.
         keep_traces: Whether traces are stored at all.
         wait_s: Seconds to wait for a lock, a connection or an answer of the database.
+
+    Attributes:
         observer: Is told what is done here.
 
     Raises:
@@ -275,12 +281,11 @@ class RunStore:
         lease_s: float,
         keep_traces: bool = True,
         wait_s: float = 10.0,
-        observer: Observer | None = None,
     ) -> None:
         self.owner = owner
         self.lease_s = lease_s
         self._keep_traces = keep_traces
-        self._observer = observer
+        self.observer: Observer | None = None
         self._database = Database(url, wait_s)
         self._bells = Bells(self._look, _POLL_S)
         self._listener: asyncio.Task[None] | None = None
@@ -504,8 +509,8 @@ class RunStore:
                 await self._notify(connection, *(str(change["which"]) for change in changed))
         for change in changed:
             self._bells.ring(str(change["which"]))
-        if self._observer is not None and (fenced := sum(isinstance(one, Fenced) for one in found)):
-            self._observer.fenced(fenced)
+        if self.observer is not None and (fenced := sum(isinstance(one, Fenced) for one in found)):
+            self.observer.fenced(fenced)
         return found
 
     @_whole("renew")
@@ -583,8 +588,8 @@ class RunStore:
                 .returning(_runs.run_id, _runs.fence, _runs.events, _runs.created_at)
             )
             rows = sorted(found, key=lambda row: (row.created_at, row.run_id))
-        if self._observer is not None and rows:
-            self._observer.takeovers(len(rows))
+        if self.observer is not None and rows:
+            self.observer.takeovers(len(rows))
         return [Claim(row.run_id, row.fence, row.events) for row in rows]
 
     # Writing: anybody's side.
@@ -636,25 +641,24 @@ class RunStore:
     ) -> Pruned:
         """Forget what has been kept long enough, counted from the end of a run; None keeps it for ever.
 
-        In small transactions, so that no writer waits long.
+        In small transactions with pauses, so that no writer waits long.
 
         Raises:
             StoreUnavailable: The database does not answer; what was pruned before is gone.
         """
         runs = traces = keys = 0
         if runs_older_than_s is not None:
-            while batch := await self._ended_before(runs_older_than_s):
-                await self._execute(delete(tables.runs).where(_runs.run_id.in_(batch)))
-                runs += len(batch)
+            async for batch in self._ended_before(runs_older_than_s):
+                runs += await self._execute(delete(tables.runs).where(_runs.run_id.in_(batch)))
         if traces_older_than_s is not None:
             has_traces = select(tables.traces.c.run_id).where(tables.traces.c.run_id == _runs.run_id).exists()
-            while batch := await self._ended_before(traces_older_than_s, has_traces):
+            async for batch in self._ended_before(traces_older_than_s, has_traces):
                 await self._execute(delete(tables.traces).where(tables.traces.c.run_id.in_(batch)))
                 traces += len(batch)
         if keys_older_than_s is not None:
-            while batch := await self._ended_before(keys_older_than_s, _runs.idempotency_key.is_not(None)):
-                await self._execute(update(tables.runs).where(_runs.run_id.in_(batch)).values(idempotency_key=null()))
-                keys += len(batch)
+            freed = update(tables.runs).values(idempotency_key=null())
+            async for batch in self._ended_before(keys_older_than_s, _runs.idempotency_key.is_not(None)):
+                keys += await self._execute(freed.where(_runs.run_id.in_(batch)))
         return Pruned(runs, traces, keys)
 
     # Reading.
@@ -797,9 +801,10 @@ class RunStore:
         return and_(_UNFINISHED, _runs.owner == self.owner, _runs.fence == claim.fence)
 
     @_whole("prune")
-    async def _execute(self, statement: Executable) -> None:
+    async def _execute(self, statement: Executable) -> int:
+        """Write to so many rows."""
         async with self._database.writing() as connection:
-            await connection.execute(statement)
+            return (await connection.execute(statement)).rowcount
 
     async def _notify(self, connection: AsyncConnection, *run_ids: str, channel: str = _CHANNEL) -> None:
         if self._database.postgres:  # heard once the transaction is committed, and not if it is undone
@@ -853,11 +858,34 @@ class RunStore:
         async with self._database.reading() as connection:
             return (await connection.execute(query)).first() is not None
 
+    async def _ended_before(self, seconds: float, *which: ColumnElement[bool]) -> AsyncIterator[list[str]]:
+        """Runs that have ended so long ago, a few at a time, each once."""
+        place = tuple_(_runs.ended_at, _runs.run_id)
+        query = (
+            select(_runs.run_id, _runs.ended_at, _runs.events)
+            .where(_runs.ended_at < self._database.now - seconds, *which)
+            .order_by(_runs.ended_at, _runs.run_id)
+            .limit(_BATCH)
+        )
+        page = await self._page(query)
+        while page:
+            batch: list[str] = []
+            events = 0
+            for row in page:
+                if batch and events + row.events > _FORGOTTEN:
+                    yield batch
+                    await asyncio.sleep(_BREATH_S)
+                    batch, events = [], 0
+                batch.append(row.run_id)
+                events += row.events
+            yield batch
+            page = await self._page(query.where(place > (page[-1].ended_at, page[-1].run_id)))
+
     @_whole("prune")
-    async def _ended_before(self, seconds: float, *which: ColumnElement[bool]) -> list[str]:
-        query = select(_runs.run_id).where(_runs.ended_at < self._database.now - seconds, *which).limit(_BATCH)
+    async def _page(self, query: Select[Any]) -> Sequence[Row[Any]]:
         async with self._database.reading() as connection:
-            return list((await connection.execute(query)).scalars())
+            rows: Sequence[Row[Any]] = (await connection.execute(query)).all()
+            return rows
 
 
 _SUMMARY = (
