@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from math import isinf
 from typing import TYPE_CHECKING
 
 import structlog
@@ -30,6 +31,8 @@ from mrsa_server.metrics import Metrics, StoreMetrics
 from mrsa_server.runs.admission import Admission
 from mrsa_server.runs.host import EngineHost
 from mrsa_server.runs.journal import Journal
+from mrsa_server.runs.pulse import Pulse
+from mrsa_server.runs.retention import Keep, forget
 from mrsa_server.runs.runner import Runner
 from mrsa_server.runs.store_errors import StoreUnavailable
 from mrsa_server.settings import Settings
@@ -37,6 +40,8 @@ from mrsa_server.settings import Settings
 if TYPE_CHECKING:  # a server without a store loads no database
     from mrsa_server.runs.batch_keeper import BatchKeeper
     from mrsa_server.runs.store import RunStore
+
+_DAY_S = 86_400.0
 
 log = structlog.get_logger("mrsa.http")
 
@@ -60,7 +65,7 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
             max_calls=places(settings).calls,
         )
         templates = load_templates()
-        journal = await open_journal(settings, metrics)
+        journal = await open_journal(settings)
         runner = Runner(
             host,
             admission,
@@ -77,11 +82,14 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
         store = None if journal is None else journal.store
         routes = {route.kind: route for route in (chat.ROUTE, responses.ROUTE)}
         asking = app.state.asking = AskService(settings, runner, names, templates, keys, routes, store)
+        pulse = app.state.pulse = None if store is None else Pulse(store)
         app.state.runs = runs.RunsService(store, runner, templates, settings.keep_alive_s)
         app.state.batches, app.state.files = None, files.FilesService(None, 0, 0)
         lives = [asyncio.create_task(host.run(), name="engine")]
         if journal is not None:
+            journal.store.observer = metrics.store = StoreMetrics(metrics)
             lives.append(asyncio.create_task(journal.keep(), name="leases"))
+            lives.append(asyncio.create_task(forget(journal.store, kept(settings)), name="retention"))
             adopting = runner.adopt(journal, templates, lambda: names.names, asking.revive)
             lives.append(asyncio.create_task(adopting, name="runs left behind"))
             keeper = keep_batches(app, asking, journal.store)
@@ -96,6 +104,8 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
             for life in lives:
                 life.cancel()
             await asyncio.wait(lives)
+            if pulse is not None:
+                await pulse.aclose()
             if journal is not None:
                 await journal.store.aclose()
 
@@ -122,12 +132,8 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
     return app
 
 
-async def open_journal(settings: Settings, metrics: Metrics | None = None) -> Journal | None:
+async def open_journal(settings: Settings) -> Journal | None:
     """Where runs are written down; None where they are not.
-
-    Args:
-        settings: All of them.
-        metrics: Get those of the store.
 
     Raises:
         StoreError: The database cannot be used as it is.
@@ -137,8 +143,7 @@ async def open_journal(settings: Settings, metrics: Metrics | None = None) -> Jo
     from mrsa_server.runs.store import RunStore  # a server without a store loads no database
 
     url, owner = settings.store_url.get_secret_value(), f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
-    observer = None if metrics is None else StoreMetrics(metrics)
-    store = RunStore(url, owner=owner, lease_s=settings.lease_s, observer=observer)
+    store = RunStore(url, owner=owner, lease_s=settings.lease_s, keep_traces=settings.keep_traces_days > 0)
     await store.open()
     return Journal(store)
 
@@ -155,13 +160,23 @@ def keep_batches(app: FastAPI, asking: AskService, store: RunStore) -> BatchKeep
     from mrsa_server.runs.file_store import FileStore
 
     settings = asking.settings
-    kept, uploaded = BatchStore(store), FileStore(store)
-    keeper = BatchKeeper(store, kept, uploaded, batches.requests_of(asking), asking.runner.wake)
+    stored, uploaded = BatchStore(store), FileStore(store)
+    keeper = BatchKeeper(store, stored, uploaded, batches.requests_of(asking), asking.runner.wake)
     app.state.files = files.FilesService(uploaded, settings.max_file_bytes, settings.body_timeout_s)
     app.state.batches = batches.BatchesService(
-        kept, uploaded, keeper.wake, settings.body_timeout_s, settings.max_body_bytes
+        stored, uploaded, keeper.wake, settings.body_timeout_s, settings.max_body_bytes
     )
     return keeper
+
+
+def kept(settings: Settings) -> Keep:
+    """How long what is stored is kept."""
+    runs, traces = (_DAY_S * days for days in (settings.keep_runs_days, settings.keep_traces_days))
+    return Keep(
+        runs_s=None if isinf(runs) else runs,
+        traces_s=None if isinf(traces) else traces,
+        keys_s=settings.idempotency_keep_s,
+    )
 
 
 def places(settings: Settings) -> Places:

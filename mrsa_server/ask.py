@@ -27,7 +27,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from mrsa_server.client import base_url, message_of
+from mrsa_server.client import base_url, lines, message_of
 from mrsa_server.settings import Effort
 
 _START_S = 600.0  # a first start converts the model
@@ -235,10 +235,10 @@ def _chunks(client: httpx.Client, body: dict[str, object]) -> Iterator[dict[str,
             if response.status_code != 200:
                 response.read()
                 raise AskFailed(message_of(response))
-            for line in response.iter_lines():
-                if line == "data: [DONE]":
+            for line in lines(response):
+                if line == b"data: [DONE]":
                     return
-                if line.startswith("data: "):
+                if line.startswith(b"data: "):
                     chunk = orjson.loads(line[6:])
                     if "error" in chunk:
                         raise AskFailed(chunk["error"]["message"])

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mrsa_server.client import base_url, message_of
+from mrsa_server.client import base_url, lines, message_of
 
 _TRIES = 30  # to come back to a stream that was cut
 _PAUSE_S = 1.0
@@ -183,8 +183,8 @@ def _events(client: httpx.Client, run_id: str) -> Iterator[dict[str, Any]]:
                 if response.status_code not in (200, 503):
                     response.read()
                     raise Refused(message_of(response))
-                for line in response.iter_lines():
-                    if line.startswith("data: ") and "number" in (event := orjson.loads(line[6:])):
+                for line in lines(response):
+                    if line.startswith(b"data: ") and "number" in (event := orjson.loads(line[6:])):
                         after, tries = event["number"], 0
                         yield event
         except httpx.TransportError:

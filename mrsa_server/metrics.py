@@ -23,6 +23,7 @@ class Metrics:
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
+        self.store: StoreMetrics | None = None
         ProcessCollector(registry=registry)
         self.queued = Gauge("mrsa_runs_queued", "Runs that wait for a place", registry=registry)
         self.running = Gauge("mrsa_runs_running", "Runs in flight", registry=registry)
@@ -119,6 +120,8 @@ class StoreMetrics:
         self._fenced = Counter(
             "mrsa_fenced_writes", "Writes to runs that another server has by now", registry=metrics.registry
         )
+
+        self.up = Gauge("mrsa_store_up", "Whether the store answers", registry=metrics.registry)
 
     def store_call(self, operation: StoreOperation, seconds: float) -> None:
         """A call has ended."""

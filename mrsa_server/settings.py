@@ -117,6 +117,16 @@ class Settings(BaseSettings):
         title=_SERVER,
         description="seconds after which a server that is silent has lost its runs to the next that shares the store",
     )
+    keep_runs_days: float = Field(
+        30.0, gt=0, title=_SERVER, description="days for which runs are kept after their end; inf keeps them for ever"
+    )
+    keep_traces_days: float = Field(
+        7.0,
+        ge=0,
+        title=_SERVER,
+        description="the same of all that their rollouts wrote, which is the most of it; 0 stores none of that, and "
+        "runs go on over a crash all the same",
+    )
     database_url: SecretStr | None = Field(
         None, description="where runs outlive the server, of several replicas: postgresql+asyncpg://USER@HOST/NAME"
     )
@@ -175,7 +185,7 @@ class Settings(BaseSettings):
         description="longest worst case in seconds of a run that is not streamed; the SDKs give up at 600",
     )
     idempotency_keep_s: Seconds = Field(
-        600.0, title=_LIMITS, description="seconds for which an ended run answers to its Idempotency-Key"
+        86_400.0, title=_LIMITS, description="seconds for which an ended run answers to its Idempotency-Key"
     )
     max_idempotency_keys: Count = Field(
         256, title=_LIMITS, description="ended runs that are kept for their Idempotency-Key"

@@ -95,10 +95,8 @@ class ResponseEvents:
         return self._number - 1
 
     def so_far(self, status: str) -> Fields:
-        """The response while its run goes on: what is there of its reasoning, the figures of nothing yet."""
-        body = self._response(status, mrsa=started(state, self._reply) if (state := self._run.state) else None)
-        open_item = [self._reasoning_item()] if self._reasoning else []
-        return {**body, "output": [*self._output, *open_item]}
+        """The response while its run goes on."""
+        return self._response(status, mrsa=started(state, self._reply) if (state := self._run.state) else None)
 
     def queued(self) -> Iterator[bytes]:
         """The first frames of a response whose run goes on in the background."""

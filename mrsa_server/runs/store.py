@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -33,6 +33,7 @@ from sqlalchemy import (
     or_,
     select,
     text,
+    tuple_,
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
@@ -55,6 +56,8 @@ _POLL_S = 0.25  # where nobody tells us what other processes write
 _LISTENING_POLL_S = 5.0  # beside LISTEN, in case a word was lost
 _RECONNECT_S = 1.0
 _BATCH = 500  # runs in one statement
+_FORGOTTEN = 400  # events of the runs in one transaction that deletes: with traces up to 16 MB, some 60 ms
+_BREATH_S = 0.02  # between such transactions, for writers in other processes, who ask now and then
 
 log = structlog.get_logger("mrsa.store")
 _runs = tables.runs.c
@@ -215,7 +218,6 @@ class RunStore:
         lease_s: Seconds that a claim holds without `renew` or `append`.
         keep_traces: Whether traces are stored at all.
         wait_s: Seconds to wait for a lock, a connection or an answer of the database.
-        observer: Is told what is done here.
 
     Raises:
         ValueError: The URL is for no database that is known here.
@@ -229,17 +231,24 @@ class RunStore:
         lease_s: float,
         keep_traces: bool = True,
         wait_s: float = 10.0,
-        observer: Observer | None = None,
     ) -> None:
         self.owner = owner
         self.lease_s = lease_s
         self._keep_traces = keep_traces
-        self._observer = observer
         self._database = Database(url, wait_s)
         self._bells = Bells(self._look, _POLL_S)
         self._listener: asyncio.Task[None] | None = None
         self._cancelled: Callable[[str], None] = lambda run_id: None
-        self.transactions = Transactions(observer)
+        self.transactions = Transactions()
+
+    @property
+    def observer(self) -> Observer | None:
+        """Is told what is done here."""
+        return self.transactions.observer
+
+    @observer.setter
+    def observer(self, observer: Observer | None) -> None:
+        self.transactions.observer = observer
 
     @property
     def database(self) -> Database:
@@ -445,8 +454,8 @@ class RunStore:
                 await self._notify(connection, *(str(change["which"]) for change in changed))
         for change in changed:
             self._bells.ring(str(change["which"]))
-        if self._observer is not None and (fenced := sum(isinstance(one, Fenced) for one in found)):
-            self._observer.fenced(fenced)
+        if self.observer is not None and (fenced := sum(isinstance(one, Fenced) for one in found)):
+            self.observer.fenced(fenced)
         return found
 
     @_whole("renew")
@@ -510,8 +519,8 @@ class RunStore:
         left = limit - len(found) if of_batches is None else of_batches
         if left > 0:
             found += await self._claim(batched.limit(left))
-        if self._observer is not None and (lost_before := sum(claim.fence > 1 for claim in found)):
-            self._observer.takeovers(lost_before)  # the others are lines that nobody has had yet
+        if self.observer is not None and (lost_before := sum(claim.fence > 1 for claim in found)):
+            self.observer.takeovers(lost_before)  # the others are lines that nobody has had yet
         return found
 
     async def _claim(self, which: Select[tuple[str]]) -> list[Claim]:
@@ -580,25 +589,24 @@ class RunStore:
     ) -> Pruned:
         """Forget what has been kept long enough, counted from the end of a run; None keeps it for ever.
 
-        In small transactions, so that no writer waits long.
+        In small transactions with pauses, so that no writer waits long.
 
         Raises:
             StoreUnavailable: The database does not answer; what was pruned before is gone.
         """
         runs = traces = keys = 0
         if runs_older_than_s is not None:
-            while batch := await self._ended_before(runs_older_than_s):
-                await self._execute(delete(tables.runs).where(_runs.run_id.in_(batch)))
-                runs += len(batch)
+            async for batch in self._ended_before(runs_older_than_s):
+                runs += await self._execute(delete(tables.runs).where(_runs.run_id.in_(batch)))
         if traces_older_than_s is not None:
             has_traces = select(tables.traces.c.run_id).where(tables.traces.c.run_id == _runs.run_id).exists()
-            while batch := await self._ended_before(traces_older_than_s, has_traces):
+            async for batch in self._ended_before(traces_older_than_s, has_traces):
                 await self._execute(delete(tables.traces).where(tables.traces.c.run_id.in_(batch)))
                 traces += len(batch)
         if keys_older_than_s is not None:
-            while batch := await self._ended_before(keys_older_than_s, _runs.idempotency_key.is_not(None)):
-                await self._execute(update(tables.runs).where(_runs.run_id.in_(batch)).values(idempotency_key=null()))
-                keys += len(batch)
+            freed = update(tables.runs).values(idempotency_key=null())
+            async for batch in self._ended_before(keys_older_than_s, _runs.idempotency_key.is_not(None)):
+                keys += await self._execute(freed.where(_runs.run_id.in_(batch)))
         return Pruned(runs, traces, keys)
 
     # Reading.
@@ -754,9 +762,10 @@ class RunStore:
         return and_(_UNFINISHED, _runs.owner == self.owner, _runs.fence == claim.fence)
 
     @_whole("prune")
-    async def _execute(self, statement: Executable) -> None:
+    async def _execute(self, statement: Executable) -> int:
+        """Write to so many rows."""
         async with self._database.writing() as connection:
-            await connection.execute(statement)
+            return (await connection.execute(statement)).rowcount
 
     async def _notify(self, connection: AsyncConnection, *run_ids: str, channel: str = _CHANNEL) -> None:
         if self._database.postgres:  # heard once the transaction is committed, and not if it is undone
@@ -801,14 +810,37 @@ class RunStore:
         async with self._database.reading() as connection:
             return (await connection.execute(query)).first() is not None
 
-    @_whole("prune")
-    async def _ended_before(self, seconds: float, *which: ColumnElement[bool]) -> list[str]:
+    async def _ended_before(self, seconds: float, *which: ColumnElement[bool]) -> AsyncIterator[list[str]]:
+        """Runs that have ended so long ago, a few at a time, each once."""
+        place = tuple_(_runs.ended_at, _runs.run_id)
         ended = select(tables.batches.c.batch_id).where(tables.batches.c.status.in_(BATCH_ENDED))
         # What a batch is still to answer with is kept until it has.
         answered = or_(_runs.batch_id.is_(None), _runs.batch_id.in_(ended))
-        query = select(_runs.run_id).where(_runs.ended_at < self._database.now - seconds, answered, *which)
+        query = (
+            select(_runs.run_id, _runs.ended_at, _runs.events)
+            .where(_runs.ended_at < self._database.now - seconds, answered, *which)
+            .order_by(_runs.ended_at, _runs.run_id)
+            .limit(_BATCH)
+        )
+        page = await self._page(query)
+        while page:
+            batch: list[str] = []
+            events = 0
+            for row in page:
+                if batch and events + row.events > _FORGOTTEN:
+                    yield batch
+                    await asyncio.sleep(_BREATH_S)
+                    batch, events = [], 0
+                batch.append(row.run_id)
+                events += row.events
+            yield batch
+            page = await self._page(query.where(place > (page[-1].ended_at, page[-1].run_id)))
+
+    @_whole("prune")
+    async def _page(self, query: Select[Any]) -> Sequence[Row[Any]]:
         async with self._database.reading() as connection:
-            return list((await connection.execute(query.limit(_BATCH))).scalars())
+            rows: Sequence[Row[Any]] = (await connection.execute(query)).all()
+            return rows
 
 
 _SUMMARY = (

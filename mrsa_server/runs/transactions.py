@@ -32,15 +32,11 @@ class Observer(Protocol):
 
 
 class Transactions:
-    """Those that are under way; none is begun any more once it is `closed`.
+    """Those that are under way; none is begun any more once it is `closed`. An observer is told of each."""
 
-    Args:
-        observer: Is told of each.
-    """
-
-    def __init__(self, observer: Observer | None = None) -> None:
+    def __init__(self) -> None:
         self.closed = False
-        self._observer = observer
+        self.observer: Observer | None = None
         self._running: set[asyncio.Task[Any]] = set()
 
     async def run(self, operation: Operation, transaction: Coroutine[Any, Any, _T]) -> _T:
@@ -56,8 +52,8 @@ class Transactions:
 
         def ended(task: asyncio.Task[_T]) -> None:
             self._running.discard(task)
-            if self._observer is not None:
-                self._observer.store_call(operation, time.perf_counter() - began)
+            if self.observer is not None:
+                self.observer.store_call(operation, time.perf_counter() - began)
 
         task = asyncio.create_task(transaction)
         self._running.add(task)
