@@ -126,7 +126,7 @@ def batch_object(batch: StoredBatch, counts: Counts | None) -> dict[str, object]
         "id": batch.batch_id,
         "object": "batch",
         "endpoint": batch.endpoint,
-        "model": None if counts is None else counts.model,
+        "model": batch.model,
         "errors": {"object": "list", "data": errors} if errors else None,
         "input_file_id": batch.input_file_id,
         "completion_window": batch.completion_window,

@@ -173,8 +173,9 @@ class BatchKeeper:
     async def _expand(self, batch: StoredBatch, claim: BatchClaim) -> None:
         try:
             found = await self._validate(batch)
+            models: set[str] = set()
             if not found.errors:
-                await self._make(batch, claim)
+                models = await self._make(batch, claim)
         except NoSuchFile:
             await self._batches.cut(batch.batch_id, _said("batch_failed", "The batch has failed."))
             message = f"The input file {batch.input_file_id} was deleted before it had been read."
@@ -184,16 +185,21 @@ class BatchKeeper:
             await self._batches.fail(claim, found.errors)
             log.info("batch failed", batch_id=batch.batch_id, errors=len(found.errors), code=found.errors[0].code)
             return
-        await self._batches.start(claim, found.total)
+        await self._batches.start(claim, found.total, models.pop() if len(models) == 1 else None)
         log.info("batch begins", batch_id=batch.batch_id, lines=found.total)
         self._expanded()
 
-    async def _make(self, batch: StoredBatch, claim: BatchClaim) -> None:
+    async def _make(self, batch: StoredBatch, claim: BatchClaim) -> set[str]:
+        """Make runs of all lines; the models that they ask."""
+        models: set[str] = set()
         async with aclosing(self._lines(batch.input_file_id)) as read:
             async for lines in read:
                 for start in range(0, len(lines), _LINES):
                     part = lines[start : start + _LINES]
-                    await self._batches.expand(claim, [await self._run_of(batch, raw) for raw in part])
+                    made = [await self._run_of(batch, raw) for raw in part]
+                    await self._batches.expand(claim, made)
+                    models |= {line.run.model for line in made}
+        return models - {""}
 
     async def _validate(self, batch: StoredBatch) -> Validation:
         found = Validation(batch.endpoint, self._requests.max_body_bytes)

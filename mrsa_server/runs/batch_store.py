@@ -76,6 +76,7 @@ class StoredBatch(NewBatch):
         error_file_id: The lines without one, likewise.
         expired_at: When its window was over and unfinished runs were given up; it may not have ended yet.
         errors: Why it failed as a whole.
+        model: The one that all its lines ask, once they have been read; None where there are several.
         total: Its lines, once they have been read.
         completed: How many had an answer in the end; None while it goes on.
         failed: How many had none, likewise.
@@ -93,6 +94,7 @@ class StoredBatch(NewBatch):
     cancelling_at: float | None = None
     cancelled_at: float | None = None
     errors: tuple[LineError, ...] = ()
+    model: str | None = None
     total: int = 0
     completed: int | None = None
     failed: int | None = None
@@ -100,13 +102,12 @@ class StoredBatch(NewBatch):
 
 
 class Counts(NamedTuple):
-    """How the runs of a batch stand; `model` is the one that all of them ask, if it is one."""
+    """How the runs of a batch stand."""
 
     queued: int = 0
     running: int = 0
     completed: int = 0
     failed: int = 0
-    model: str | None = None
 
 
 class BatchClaim(NamedTuple):
@@ -136,6 +137,7 @@ class BatchStore:
     def __init__(self, store: RunStore) -> None:
         self.transactions = store.transactions
         self.lease_s = store.lease_s
+        self._store = store
         self._owner = store.owner
         self._database = store.database
 
@@ -214,16 +216,13 @@ class BatchStore:
                 _tally(_runs.status == "running").label("running"),
                 _tally(_runs.status.in_(_ANSWERED)).label("completed"),
                 _tally(_runs.status.not_in(("queued", "running", *_ANSWERED))).label("failed"),
-                func.min(_runs.model).label("first"),
-                func.max(_runs.model).label("last"),
             )
             .where(_runs.batch_id.in_(list(batch_ids)))
             .group_by(_runs.batch_id)
         )
         async with self._database.reading() as connection:
             for row in await connection.execute(query):
-                model = row.first if row.first == row.last and row.first else None
-                found[row.batch_id] = Counts(row.queued, row.running, row.completed, row.failed, model)
+                found[row.batch_id] = Counts(row.queued, row.running, row.completed, row.failed)
         return found
 
     @whole("write")
@@ -318,10 +317,12 @@ class BatchStore:
             timed = [row | {"ended_at": None if row["error"] is None else now} for row in rows]
             await connection.execute(make(tables.runs).on_conflict_do_nothing(index_elements=[_runs.run_id]), timed)
 
-    async def start(self, claim: BatchClaim, total: int) -> None:
-        """All its lines are runs. Raises as `expand`."""
+    async def start(self, claim: BatchClaim, total: int, model: str | None = None) -> None:
+        """All its lines are runs, and ask one model or several. Raises as `expand`."""
         now = self._database.now
-        await self._change(claim, {"status": "in_progress", "in_progress_at": now, "total": total}, "validating")
+        await self._change(
+            claim, {"status": "in_progress", "in_progress_at": now, "total": total, "model": model}, "validating"
+        )
 
     async def fail(self, claim: BatchClaim, errors: Sequence[LineError]) -> None:
         """It is over before it has begun. Raises as `expand`."""
@@ -332,7 +333,6 @@ class BatchStore:
         """Its window is over: what has not ended is given up from now on. Raises as `renew`."""
         await self._change(claim, {"expired_at": func.coalesce(_batches.expired_at, self._database.now)})
 
-    @whole("write")
     async def cut(self, batch_id: str, error: bytes) -> int:
         """End its runs that nobody works on, and ask the owners of others to do so; how many are still to end.
 
@@ -343,25 +343,36 @@ class BatchStore:
         Raises:
             StoreUnavailable: The database does not answer; the same again is safe.
         """
-        now = self._database.now
-        left = select(_runs.run_id).where(_runs.batch_id == batch_id, _UNFINISHED)
-        idle = or_(_runs.owner.is_(None), _runs.lease_until < now)
-        ended = {"status": "cancelled", "ended_at": now, "owner": None, "error": codec.deflate(error)}
         # In small transactions, so that no writer waits long.
-        while await self._some(left.where(idle), ended | {"fence": _runs.fence + 1}):
+        while await self._end_idle(batch_id, codec.deflate(error)):
             pass
-        while await self._some(left.where(~_runs.cancel_requested), {"cancel_requested": True}):
-            pass
-        async with self._database.reading() as connection:
-            return int((await connection.execute(select(func.count()).select_from(left.subquery()))).scalar_one())
+        left = await self._left(batch_id)
+        for run_id, cancel_requested in left.items():
+            if not cancel_requested:
+                await self._store.request_cancel(run_id)  # at once, where an owner can hear it
+        return len(left)
 
-    async def _some(self, which: Any, change: Mapping[str, object]) -> int:
-        query = which.order_by(_runs.run_id).limit(_TOGETHER).with_for_update(skip_locked=True)
+    @whole("write")
+    async def _end_idle(self, batch_id: str, error: bytes) -> int:
+        now = self._database.now
+        idle = or_(_runs.owner.is_(None), _runs.lease_until < now)
+        query = select(_runs.run_id).where(_runs.batch_id == batch_id, _UNFINISHED, idle).order_by(_runs.run_id)
         async with self._database.writing() as connection:
-            chosen = list((await connection.execute(query)).scalars())
+            found = await connection.execute(query.limit(_TOGETHER).with_for_update(skip_locked=True))
+            chosen = list(found.scalars())
             if chosen:
-                await connection.execute(update(tables.runs).where(_runs.run_id.in_(chosen)).values(change))
+                ended = {"status": "cancelled", "ended_at": now, "owner": None, "fence": _runs.fence + 1}
+                await connection.execute(
+                    update(tables.runs).where(_runs.run_id.in_(chosen)).values({**ended, "error": error})
+                )
         return len(chosen)
+
+    @whole("read")
+    async def _left(self, batch_id: str) -> dict[str, bool]:
+        """The runs that have not ended, and whether they are to."""
+        query = select(_runs.run_id, _runs.cancel_requested).where(_runs.batch_id == batch_id, _UNFINISHED)
+        async with self._database.reading() as connection:
+            return {row.run_id: row.cancel_requested for row in await connection.execute(query)}
 
     async def finalize(self, claim: BatchClaim) -> None:
         """All its runs have ended, and its results are to be written; a batch that is cancelled says so still.

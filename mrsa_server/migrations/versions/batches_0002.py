@@ -54,6 +54,7 @@ def upgrade() -> None:
         sa.Column("cancelled_at", sa.Double),
         sa.Column("metadata", sa.Text, nullable=False),
         sa.Column("errors", sa.LargeBinary),
+        sa.Column("model", sa.Text),
         sa.Column("total", sa.Integer, nullable=False),
         sa.Column("completed", sa.Integer),
         sa.Column("failed", sa.Integer),
@@ -73,6 +74,7 @@ def upgrade() -> None:
     op.create_index(
         "runs_left_in_batches", "runs", ["batch_id", "batch_line"], sqlite_where=_LEFT, postgresql_where=_LEFT
     )
+    op.create_index("runs_counted", "runs", ["batch_id", "status"], sqlite_where=_IN_BATCH, postgresql_where=_IN_BATCH)
     op.drop_index("runs_by_lease", "runs")
     op.create_index("runs_by_lease", "runs", ["lease_until"], sqlite_where=_ALONE, postgresql_where=_ALONE)
     if op.get_bind().dialect.name == "postgresql":  # bodies are compressed already
@@ -83,7 +85,7 @@ def downgrade() -> None:
     """Drop what `upgrade` made. Runs of batches become runs of their own."""
     op.drop_index("runs_by_lease", "runs")
     op.create_index("runs_by_lease", "runs", ["lease_until"], sqlite_where=_UNFINISHED, postgresql_where=_UNFINISHED)
-    for index in ("runs_left_in_batches", "runs_by_batch"):
+    for index in ("runs_counted", "runs_left_in_batches", "runs_by_batch"):
         op.drop_index(index, "runs")
     for column in ("batch_line", "custom_id", "batch_id"):
         op.drop_column("runs", column)
