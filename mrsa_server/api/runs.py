@@ -55,7 +55,9 @@ def _store(request: Request) -> tuple[RunsService, RunStore]:
     service: RunsService = request.app.state.runs
     if service.store is None:
         raise ApiError(
-            404, "runs_not_stored", "This server stores no runs: start it with --state-dir or MRSA_DATABASE_URL."
+            404,
+            "runs_not_stored",
+            "This server stores no runs: start it with --state-dir DIR or MRSA_DATABASE_URL.",
         )
     return service, service.store
 
