@@ -34,8 +34,8 @@ from mrsa_server.runs.journal import Journal
 from mrsa_server.runs.pulse import Pulse
 from mrsa_server.runs.retention import Keep, forget
 from mrsa_server.runs.runner import Runner
-from mrsa_server.runs.store_errors import StoreUnavailable
-from mrsa_server.settings import Settings
+from mrsa_server.runs.store_errors import StoreError, StoreUnavailable
+from mrsa_server.settings import Settings, usual_state_dir
 
 if TYPE_CHECKING:  # a server without a store loads no database
     from mrsa_server.runs.batch_keeper import BatchKeeper
@@ -81,12 +81,14 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
         app.state.metrics, app.state.runner, app.state.models = metrics, runner, names
         store = None if journal is None else journal.store
         routes = {route.kind: route for route in (chat.ROUTE, responses.ROUTE)}
-        asking = app.state.asking = AskService(settings, runner, names, templates, keys, routes, store)
+        kept_here = settings if store is not None else settings.model_copy(update={"state_dir": "none"})
+        asking = app.state.asking = AskService(kept_here, runner, names, templates, keys, routes, store)
         pulse = app.state.pulse = None if store is None else Pulse(store)
         app.state.runs = runs.RunsService(store, runner, templates, settings.keep_alive_s)
         app.state.batches, app.state.files = None, files.FilesService(None, 0, 0)
         lives = [asyncio.create_task(host.run(), name="engine")]
         if journal is not None:
+            log.info("runs are stored", store=journal.store.name)
             journal.store.observer = metrics.store = StoreMetrics(metrics)
             lives.append(asyncio.create_task(journal.keep(), name="leases"))
             lives.append(asyncio.create_task(forget(journal.store, kept(settings)), name="retention"))
@@ -96,6 +98,8 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
             lives.append(asyncio.create_task(keeper.run(), name="batches"))
         for life in lives:
             life.add_done_callback(_mourn)
+        if journal is None:
+            log.info("runs live in memory")
         try:
             yield
         finally:
@@ -133,19 +137,37 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
 
 
 async def open_journal(settings: Settings) -> Journal | None:
-    """Where runs are written down; None where they are not.
+    """Where runs are written down; None where they are not, be it that the usual folder cannot be written.
 
     Raises:
         StoreError: The database cannot be used as it is.
     """
     if settings.store_url is None:
+        if not settings.store_is_asked_for:
+            _warn_of_memory("~/.local/state/mrsa-server", "there is no home directory")
         return None
     from mrsa_server.runs.store import RunStore  # a server without a store loads no database
 
     url, owner = settings.store_url.get_secret_value(), f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
     store = RunStore(url, owner=owner, lease_s=settings.lease_s, keep_traces=settings.keep_traces_days > 0)
-    await store.open()
+    try:
+        await store.open()
+    except StoreError as error:
+        await store.aclose()
+        if settings.store_is_asked_for or not isinstance(error, StoreUnavailable):
+            raise
+        _warn_of_memory(str(usual_state_dir()), error.reason)
+        return None
     return Journal(store)
+
+
+def _warn_of_memory(folder: str, reason: str) -> None:
+    log.warning(
+        "runs live in memory and end with this server: the usual folder cannot be used; --state-dir DIR names another, "
+        "--state-dir none accepts this",
+        folder=folder,
+        reason=reason,
+    )
 
 
 def _mourn(life: asyncio.Task[None]) -> None:

@@ -138,6 +138,7 @@ def _server(arguments: argparse.Namespace, console: Console) -> Iterator[tuple[s
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "mrsa_server", "serve", "--engine", "embedded", "--port", str(port)]
+    command += ["--state-dir", "none"]  # nobody comes back to this server, and it is to go on with no other's runs
     # What the environment says of servers is about another one.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MRSA_") or name == _CACHE}
     process = subprocess.Popen(

@@ -37,7 +37,7 @@ class Refused(Exception):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `mrsa runs`."""
     parser.description = (
-        "The runs that a server has stored; it stores them where it was started with --state-dir or MRSA_DATABASE_URL."
+        "The runs that a server has stored: in a file of its own, or where --state-dir or MRSA_DATABASE_URL said."
     )
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     listing = _action(actions, "list", "the newest runs", _list)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
@@ -35,6 +36,17 @@ _LOGS = "logs"
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+
+
+def usual_state_dir() -> Path | None:
+    """Where state belongs by the XDG Base Directory specification; None for a user without a home."""
+    given = Path(os.environ.get("XDG_STATE_HOME", ""))
+    if given.is_absolute():
+        return given / "mrsa-server"
+    try:
+        return Path.home() / ".local" / "state" / "mrsa-server"
+    except RuntimeError:
+        return None
 
 
 class Settings(BaseSettings):
@@ -106,11 +118,12 @@ class Settings(BaseSettings):
         20.0, ge=0, title=_SERVER, description="seconds that runs in flight get to end after SIGTERM"
     )
 
-    state_dir: Path | None = Field(
+    state_dir: Path | Literal["none"] | None = Field(
         None,
         title=_SERVER,
-        description="folder of a SQLite file in which runs outlive the server; without it, and without "
-        "MRSA_DATABASE_URL, they live in memory",
+        description="folder of a SQLite file in which runs outlive the server, unless MRSA_DATABASE_URL is set; "
+        "`none` keeps them in memory. By default $XDG_STATE_HOME/mrsa-server or ~/.local/state/mrsa-server, and memory "
+        "where that cannot be written",
     )
     lease_s: Seconds = Field(
         10.0,
@@ -199,9 +212,17 @@ class Settings(BaseSettings):
     @property
     def store_url(self) -> SecretStr | None:
         """Where runs are stored; None where they live in memory."""
-        if self.database_url is not None or self.state_dir is None:
+        if self.database_url is not None:
             return self.database_url
-        return SecretStr(f"sqlite+aiosqlite:///{self.state_dir.absolute() / 'runs.db'}")
+        folder = usual_state_dir() if self.state_dir is None else self.state_dir
+        if folder is None or folder == "none":
+            return None
+        return SecretStr(f"sqlite+aiosqlite:///{Path(folder).absolute() / 'runs.db'}")
+
+    @property
+    def store_is_asked_for(self) -> bool:
+        """Whether somebody said where runs are to be stored; else a server without a store will do."""
+        return self.database_url is not None or self.state_dir is not None
 
     @property
     def usual_effort(self) -> Effort:

@@ -273,7 +273,7 @@ async def _find(request: Request, response_id: str) -> tuple[AskService, RunStor
         raise ApiError(
             404,
             "responses_not_stored",
-            "This server stores no responses: start it with --state-dir or MRSA_DATABASE_URL.",
+            "This server stores no responses: start it with --state-dir DIR or MRSA_DATABASE_URL.",
         )
     name = _NAME.fullmatch(response_id)
     record = await service.store.get(RUN + name[1]) if name else None

@@ -453,7 +453,9 @@ def _check(body: ResponsesBody, settings: Settings) -> None:
     """Refuse what would need what is not there, and what no response could repeat."""
     for param, asked in (("background", body.background), ("previous_response_id", body.previous_response_id)):
         if asked and settings.store_url is None:
-            raise _unsupported(param, "this server stores no responses: start it with --state-dir or MRSA_DATABASE_URL")
+            raise _unsupported(
+                param, "this server stores no responses: start it with --state-dir DIR or MRSA_DATABASE_URL"
+            )
     if body.background and body.store is False:
         raise BadRequest("background: needs store to be true, since the response is to be retrieved", "background")
     if "message.output_text.logprobs" in (body.include or ()):

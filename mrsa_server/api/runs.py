@@ -60,7 +60,7 @@ class RunsService:
             ApiError: There is none.
         """
         if self.store is None:
-            message = "This server stores no runs: start it with --state-dir or MRSA_DATABASE_URL."
+            message = "This server stores no runs: start it with --state-dir DIR or MRSA_DATABASE_URL."
             raise ApiError(404, "runs_not_stored", message)
         return self.store
 

@@ -7,6 +7,7 @@ IMMEDIATE`; each commit is synced to the disk.
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -181,6 +182,9 @@ class Database:
                 self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             except OSError as error:
                 raise StoreUnavailable(f"{self._path.parent}: {error.strerror}") from error
+            for place in (self._path.parent, self._path):  # SQLite would try for long
+                if place.exists() and not os.access(place, os.W_OK):
+                    raise StoreUnavailable(f"{place} cannot be written")
             try:
                 await asyncio.to_thread(_write_ahead, self._path, self._wait_s)
             except sqlite3.Error as error:

@@ -14,10 +14,14 @@ import httpx
 from tests.helpers.ports import free_port
 
 
-def start_server(*flags: str, stderr: int | None = None) -> tuple[subprocess.Popen[str], str]:
-    """`mrsa serve` with these flags on a free port, and its URL; it may not answer yet."""
+def start_server(*flags: str, stderr: int | None = None, store: bool = False) -> tuple[subprocess.Popen[str], str]:
+    """`mrsa serve` with these flags on a free port, and its URL; it may not answer yet.
+
+    It stores no runs, unless a flag says where or it is to have its usual `store`.
+    """
     port = free_port()
-    words = [sys.executable, "-m", "mrsa_server", "serve", "--port", str(port), *flags]
+    words = [sys.executable, "-m", "mrsa_server", "serve", "--port", str(port)]
+    words += [*(() if store else ("--state-dir", "none")), *flags]
     return subprocess.Popen(words, stderr=stderr, text=True), f"http://127.0.0.1:{port}"
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from pydantic import SecretStr
 from sqlalchemy import Connection, text
 
 from harness.events import DeadlineReached, Event, RolloutFinished, RunFailed, RunFinished
@@ -636,21 +635,6 @@ def test_a_password_is_never_told(
     said = capsys.readouterr()
     assert said.err
     assert "hunter2" not in said.out + said.err
-
-
-def test_runs_are_stored_where_somebody_says(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert Settings().store_url is None
-    assert main(["db", "current"]) == 3
-    assert "Set MRSA_DATABASE_URL, or give --state-dir" in capsys.readouterr().err
-    monkeypatch.setenv("MRSA_STATE_DIR", "/elsewhere")
-    assert Settings().store_url == SecretStr("sqlite+aiosqlite:////elsewhere/runs.db")
-    monkeypatch.setenv("MRSA_DATABASE_URL", "postgresql://me@localhost/runs")
-    assert Settings().store_url == SecretStr("postgresql://me@localhost/runs")
-    monkeypatch.undo()
-    assert main(["db", "upgrade", "--state-dir", str(tmp_path)]) == 0
-    assert (tmp_path / "runs.db").exists()
 
 
 async def test_many_runs_are_written_in_one_transaction_and_each_is_judged_by_itself(store_url: str) -> None:
