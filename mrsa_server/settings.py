@@ -217,7 +217,7 @@ class Settings(BaseSettings):
         folder = usual_state_dir() if self.state_dir is None else self.state_dir
         if folder is None or folder == "none":
             return None
-        return SecretStr(f"sqlite+aiosqlite:///{Path(folder).absolute() / 'runs.db'}")
+        return SecretStr(f"sqlite:///{Path(folder).absolute() / 'runs.db'}")
 
     @property
     def store_is_asked_for(self) -> bool:

@@ -16,6 +16,7 @@ STORE = {
     "codec",
     "database",
     "file_store",
+    "lanes",
     "record",
     "store",
     "store_errors",

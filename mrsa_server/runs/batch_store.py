@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, Row, and_, case, func, literal, or_, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 
 from mrsa_server.runs import codec, tables
 from mrsa_server.runs.record import BATCH_ENDED, BatchStatus, NewRun, Spent
@@ -150,7 +149,6 @@ class BatchStore:
         Raises:
             StoreUnavailable: Nobody knows whether it is stored; the same again is safe where there is a key.
         """
-        make = postgresql.insert if self._database.postgres else sqlite.insert
         values = {name: getattr(record, name) for name in _GIVEN} | {
             "metadata": json.dumps(None if record.metadata is None else dict(record.metadata)),
             "status": "validating",
@@ -162,7 +160,7 @@ class BatchStore:
         if record.idempotency_key is not None:
             same = _batches.idempotency_key == record.idempotency_key
         async with self._database.writing() as connection:
-            await connection.execute(make(tables.batches).values(**values).on_conflict_do_nothing())
+            await connection.execute(self._database.insert(tables.batches).values(**values).on_conflict_do_nothing())
             return _batch((await connection.execute(select(*_COLUMNS).where(same))).one())
 
     @whole("read")
@@ -303,7 +301,6 @@ class BatchStore:
 
     @whole("write")
     async def _insert(self, claim: BatchClaim, rows: list[dict[str, object]]) -> None:
-        make = postgresql.insert if self._database.postgres else sqlite.insert
         async with self._database.writing() as connection:
             held = await connection.execute(
                 update(tables.batches)
@@ -315,7 +312,9 @@ class BatchStore:
             if now is None:
                 raise BatchLost(*claim)
             timed = [row | {"ended_at": None if row["error"] is None else now} for row in rows]
-            await connection.execute(make(tables.runs).on_conflict_do_nothing(index_elements=[_runs.run_id]), timed)
+            await connection.execute(
+                self._database.insert(tables.runs).on_conflict_do_nothing(index_elements=[_runs.run_id]), timed
+            )
 
     async def start(self, claim: BatchClaim, total: int, model: str | None = None) -> None:
         """All its lines are runs, and ask one model or several. Raises as `expand`."""

@@ -36,15 +36,13 @@ from sqlalchemy import (
     tuple_,
     update,
 )
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from harness.events import Event, RolloutFinished
 from harness.types import Slot, Trace
 from mrsa_server.runs import codec, tables
 from mrsa_server.runs.bells import Bells, Progress
-from mrsa_server.runs.database import Database
+from mrsa_server.runs.database import Database, Transaction
 from mrsa_server.runs.record import BATCH_ENDED, Ended, NewRun, RunKind, StoredStatus
 from mrsa_server.runs.store_errors import Fenced, KeyTaken, NoSuchRun, RunExists, StoreError
 from mrsa_server.runs.transactions import Observer, Transactions
@@ -315,7 +313,7 @@ class RunStore:
         try:
             async with self._database.writing() as connection:
                 now = self._database.now
-                make = postgresql.insert if self._database.postgres else sqlite.insert
+                make = self._database.insert
                 made = (
                     await connection.execute(
                         make(tables.runs)
@@ -767,7 +765,7 @@ class RunStore:
         async with self._database.writing() as connection:
             return (await connection.execute(statement)).rowcount
 
-    async def _notify(self, connection: AsyncConnection, *run_ids: str, channel: str = _CHANNEL) -> None:
+    async def _notify(self, connection: Transaction, *run_ids: str, channel: str = _CHANNEL) -> None:
         if self._database.postgres:  # heard once the transaction is committed, and not if it is undone
             await connection.execute(
                 text("SELECT pg_notify(:channel, :run_id)"),
@@ -919,9 +917,7 @@ def _event_rows(run_id: str, after: int, at: float, rows: _Rows) -> list[dict[st
     ]
 
 
-async def _insert(
-    connection: AsyncConnection, events: list[dict[str, object]], traces: list[dict[str, object]]
-) -> None:
+async def _insert(connection: Transaction, events: list[dict[str, object]], traces: list[dict[str, object]]) -> None:
     if events:
         await connection.execute(insert(tables.events), events)
     if traces:

@@ -363,7 +363,7 @@ async def test_runs_of_a_batch_that_goes_on_are_not_pruned(batches: BatchStore, 
 
 
 @pytest.fixture
-async def before(request: pytest.FixtureRequest, tmp_path: Path, store_url: str) -> AsyncIterator[Database]:
+async def before(request: pytest.FixtureRequest, store_url: str) -> AsyncIterator[tuple[Database, str]]:
     """A database as the first version left it."""
     if store_url.startswith("sqlite"):
         Path(store_url.removeprefix("sqlite:///")).parent.mkdir()
@@ -387,14 +387,14 @@ async def before(request: pytest.FixtureRequest, tmp_path: Path, store_url: str)
 
     async with database.writing() as connection:
         await connection.run_sync(first)
-    yield database
+    yield database, store_url
     await database.aclose()
 
 
-async def test_a_store_of_the_first_version_is_upgraded_with_its_runs(before: Database) -> None:
-    await before.upgrade()
-    assert await before.current() == migrations.head()
-    url = str(before._writer.url)
+async def test_a_store_of_the_first_version_is_upgraded_with_its_runs(before: tuple[Database, str]) -> None:
+    database, url = before
+    await database.upgrade()
+    assert await database.current() == migrations.HEAD
     store = await other(url)
     try:
         found = await store.get("old")
