@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from typing import NamedTuple
 
 from mrsa_server import __version__
+from mrsa_server.lean import without_rich
 
 
 class _Command(NamedTuple):
@@ -46,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.name, help=command.summary, description=command.summary[0].upper() + command.summary[1:] + "."
         )
         if command.name == asked:  # the others' modules stay unread: some are slow to import
-            module = import_module(command.module)
+            with without_rich() if command.name == "serve" else nullcontext():
+                module = import_module(command.module)
             module.add_arguments(below)
             below.set_defaults(run=module.run)
     commands.add_parser("version", help="print the version").set_defaults(run=_version)
