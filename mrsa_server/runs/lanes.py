@@ -43,31 +43,25 @@ class Lane:
             self._connection = self._engine.connect()
         return work(self._connection)
 
+    async def undo(self) -> None:
+        """Leave a transaction for good: the connection is ended, and the next one to come begins another."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._close)
+
     async def aclose(self) -> None:
         """End the connection and the thread."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._close)
+        await self.undo()
         self._thread.shutdown(wait=False)
 
     def _close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            # SQLAlchemy takes a commit that failed for an end, SQLite does not: closing is what both understand.
+            connection.close()
 
 
 def _whole(result: CursorResult[Any]) -> CursorResult[Any]:
     # The cursor is the thread's; what it holds is read where it lives.
     return cast("CursorResult[Any]", result.freeze()()) if result.returns_rows else result
-
-
-def _begin(connection: Connection) -> None:
-    connection.begin()
-
-
-def _commit(connection: Connection) -> None:
-    try:
-        connection.commit()
-    except BaseException:
-        connection.rollback()
-        raise
 
 
 class Lanes:
@@ -116,13 +110,12 @@ class Lanes:
         except TimeoutError:
             raise StoreUnavailable("no connection came free in time") from None
         try:
-            try:
-                await lane.run_sync(_begin)
-                yield lane
-            except BaseException:
-                await lane.run_sync(Connection.rollback)
-                raise
-            await lane.run_sync(_commit)
+            await lane.run_sync(Connection.begin)
+            yield lane
+            await lane.run_sync(Connection.commit)
+        except BaseException:
+            await lane.undo()
+            raise
         finally:
             self._free.put_nowait(lane)
 
