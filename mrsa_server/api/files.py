@@ -51,7 +51,7 @@ class FilesService:
 
 def not_stored() -> ApiError:
     """What a server without a store says."""
-    message = "This server stores nothing, and so has no files and no batches: start it with --state-dir or "
+    message = "This server stores nothing, and so has no files and no batches: start it with --state-dir DIR or "
     return ApiError(404, "runs_not_stored", message + "MRSA_DATABASE_URL.")
 
 
