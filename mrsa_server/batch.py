@@ -159,6 +159,7 @@ class _Command:
         self._console = console
         self._output: Path = arguments.output
         self._note_path = _note_path(arguments.output)
+        self._note = _Note("", "")
         self._heard = False  # from the server
 
     def run(self) -> int:
@@ -221,6 +222,7 @@ class _Command:
             )
         elif note.batch_id is not None:
             self._console.print(f"Going on with {note.batch_id}.")
+            self._note = note
             return note.batch_id
         if note.file_id is None:
             note = self._noted(replace(note, file_id=self._upload(upload)))
@@ -246,6 +248,7 @@ class _Command:
 
     def _noted(self, note: _Note) -> _Note:
         _replace(self._note_path, lambda file: file.write(orjson.dumps(asdict(note))))
+        self._note = note
         return note
 
     def _follow(self, batch_id: str, lines: int) -> dict[str, Any]:
@@ -296,6 +299,8 @@ class _Command:
                 reason = str(error) or type(error).__name__
             else:
                 self._heard = True
+                if response.status_code == 404 and self._note.batch_id is not None:
+                    raise Failed(f"{message_of(response)} To begin anew, remove {self._note_path}.")
                 if response.status_code not in _AGAIN:
                     return _good(response)
                 reason = message_of(response)

@@ -23,7 +23,7 @@ from mrsa_server.api.errors import ApiError, BadRequest
 from mrsa_server.api.query import integer, one_of, query
 from mrsa_server.api.sse import ClientGone
 from mrsa_server.runs.record import FilePurpose
-from mrsa_server.runs.store_errors import NoSuchFile, StoreUnavailable
+from mrsa_server.runs.store_errors import StoreUnavailable
 
 if TYPE_CHECKING:  # a server without a store loads no database
     from mrsa_server.runs.file_store import FileStore, StoredFile
@@ -51,7 +51,7 @@ class FilesService:
 
 def not_stored() -> ApiError:
     """What a server without a store says."""
-    message = "This server stores nothing, and so has no files and no batches: start it with --state-dir or "
+    message = "This server stores nothing, and so has no files and no batches: start it with --state-dir DIR or "
     return ApiError(404, "runs_not_stored", message + "MRSA_DATABASE_URL.")
 
 
@@ -224,7 +224,7 @@ async def delete_file(request: Request, file_id: str) -> Response:
 async def _found(files: FileStore, file_id: str) -> StoredFile:
     file = await find_file(files, file_id)
     if file is None:
-        raise ApiError(404, "not_found", str(NoSuchFile(file_id[:128])))
+        raise ApiError(404, "not_found", f"There is no file {file_id[:128]!r}.")
     return file
 
 

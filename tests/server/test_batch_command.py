@@ -303,6 +303,26 @@ async def test_what_cannot_be_done_is_said(url: str, tmp_path: Path, capsys: pyt
     assert not output.exists()
 
 
+async def test_a_batch_that_is_gone_can_be_begun_anew(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problems, output = written(tmp_path / "p", {"problem": "?"}), tmp_path / "r"
+    real, notes = command._replace, []
+
+    def replace(path: Path, write: Any) -> None:
+        real(path, write)
+        notes.append(path.read_bytes())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "_replace", replace)
+        assert await batch(problems, "-o", output, "--url", url, *MRSA) == 0
+    output.unlink()
+    note = orjson.loads(notes[2]) | {"batch_id": "batch_0"}
+    (tmp_path / "r.batch").write_bytes(orjson.dumps(note))
+    assert await batch(problems, "-o", output, "--url", url, *MRSA) == 1
+    assert f"There is no batch 'batch_0'. To begin anew, remove {tmp_path / 'r.batch'}." in capsys.readouterr().err
+
+
 async def test_a_batch_that_the_server_refuses_leaves_nothing_to_go_on_with(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -131,6 +131,7 @@ async def test_a_batch_of_responses_is_answered_as_its_lines_would_be(client: ht
         assert body["object"] == "response"
         assert body["status"] == alone["status"] == "completed"
         assert [item.get("content") for item in body["output"]] == [item.get("content") for item in alone["output"]]
+        assert (await client.get(f"/v1/responses/{body['id']}")).json()["output"] == body["output"]
     (failed,) = await content(client, done["error_file_id"])
     assert failed["response"]["body"]["error"]["code"] == "previous_response_not_found"
 
@@ -183,6 +184,31 @@ async def test_a_deadline_of_a_line_begins_with_its_turn(store: RunStore, store_
         assert done["request_counts"]["completed"] == 6
         for one in await content(client, done["output_file_id"]):
             assert one["response"]["body"]["mrsa"]["stopped"] is None
+
+
+async def test_a_line_may_take_longer_than_a_client_waits_for_its_first_byte(client: httpx.AsyncClient) -> None:
+    client.app.state.runner.tokens_per_s = 0.001  # type: ignore[attr-defined]
+    alone = await client.post(CHAT, json=line(1)["body"])
+    assert alone.json()["error"]["code"] == "stream_required"
+    done = await until(client, await begin(client, jsonl(line(1))), "completed")
+    assert done["request_counts"]["completed"] == 1
+
+
+async def test_a_run_of_a_batch_that_is_cancelled_alone_is_an_error_of_its_line(
+    store: RunStore, store_url: str
+) -> None:
+    async with replica(slow(0.02), store_url, max_batch_runs=1) as client:
+        batch = await begin(client, jsonl(*map(line, range(3))))
+        await until(client, batch, "in_progress")
+        runs = (await client.get("/v1/runs", params={"batch": batch["id"]})).json()["data"]
+        for run in runs:
+            if run["custom_id"] != "id 1":
+                await client.delete(f"/v1/runs/{run['id']}")
+        done = await until(client, batch, "completed")
+        assert done["request_counts"] == {"total": 3, "completed": 1, "failed": 2}
+        failed = await content(client, done["error_file_id"])
+        assert [one["custom_id"] for one in failed] == ["id 0", "id 2"]
+        assert {one["response"]["body"]["error"]["code"] for one in failed} == {"run_cancelled"}
 
 
 async def test_a_batch_is_cancelled(store: RunStore, store_url: str) -> None:
