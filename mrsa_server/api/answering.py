@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterable
 from typing import TYPE_CHECKING
 
 import orjson
@@ -142,22 +142,25 @@ async def _frames(
     run: Run, subscription: Subscription, writer: Writer, keep_alive_s: float
 ) -> AsyncGenerator[bytes, None]:
     """The stream of a run; closing it leaves the run."""
-    silence_s = min(_FIRST_BYTES_S, keep_alive_s)
+    clock = asyncio.get_running_loop().time
+    said, silence_s = clock(), min(_FIRST_BYTES_S, keep_alive_s)
     try:
         while True:
+            frames, error = _write(())
             try:
-                items = await subscription.next(silence_s)
-            except TimeoutError:
-                yield KEEP_ALIVE
-            else:
+                items = await subscription.next(max(0.0, said + silence_s - clock()))
                 if not items:
                     break
                 frames, error = _write(part for item in items for part in writer.take(item))
-                if frames:
-                    yield frames
-                if error is not None:
-                    raise error
-            silence_s = keep_alive_s
+            except TimeoutError:
+                pass
+            if not frames and clock() - said >= silence_s:  # much may happen that this client is not told
+                frames = KEEP_ALIVE
+            if frames:
+                yield frames
+                said, silence_s = clock(), keep_alive_s
+            if error is not None:
+                raise error
         assert run.state is not None  # it has ended without an error
         frames, error = _write(writer.finish(run.state))
         if frames:
@@ -168,7 +171,7 @@ async def _frames(
         run.leave(subscription)
 
 
-def _write(parts: Iterator[bytes]) -> tuple[bytes, Exception | None]:
+def _write(parts: Iterable[bytes]) -> tuple[bytes, Exception | None]:
     """Frames, and what broke after them: a writer counts on all that it has handed out being sent."""
     written: list[bytes] = []
     try:

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from harness.engine import EngineDead
 from harness.scripted import Script, ScriptedEngine, Speed
+from harness.types import Message, TokenIds
 from mrsa_server.runs.store import RunStore
 from tests.helpers.open_responses import EVENTS, misfits
 from tests.helpers.replicas import LEASE_S, check_log, log_of, only_run, replica, slow, until_ended
 from tests.helpers.replicas import SIZES as SHORT
-from tests.helpers.serving import CHAT, RESPONSES, in_memory, typed
+from tests.helpers.serving import CHAT, RESPONSES, in_memory, on_port, typed
 from tests.helpers.serving import ask as chat
 
 QUESTION = "What is six times seven?"
@@ -433,3 +434,84 @@ class Asleep(ScriptedEngine):
         if not self.awake:
             raise EngineDead("it is asleep")
         await super().start()
+
+
+# Engines that are away, clients that leave, words that nobody can store.
+
+
+class Mortal(ScriptedEngine):
+    """An engine that, once killed, does not even count or decode."""
+
+    def __init__(self, thinking: str = "x" * 100, step_s: float = 0.002) -> None:
+        super().__init__(lambda request: Script(thinking, LONG), speed=Speed(step_s=step_s))
+
+    async def count(self, messages: tuple[Message, ...]) -> int:
+        """As the engine's."""
+        self._alive()
+        return await super().count(messages)
+
+    async def decode(self, token_ids: TokenIds) -> str:
+        """As the engine's."""
+        self._alive()
+        return await super().decode(token_ids)
+
+    def _alive(self) -> None:
+        if self._dead:
+            raise EngineDead("it was killed")
+
+
+async def test_an_answer_is_there_though_its_engine_is_away(store_url: str) -> None:
+    engine = Mortal()
+    async with replica(engine, store_url) as client:
+        done = await until(client, (await create(client, reasoning={"summary": "detailed"}))["id"], "completed")
+        engine.kill()
+        for _ in range(2):  # before and after anybody has noticed
+            async with asyncio.timeout(3):
+                found = await retrieve(client, done["id"])
+            assert found["output"][-1] == done["output"][-1]
+            assert found["status"] == "completed"
+        assert not client.app.state.runner.host.up  # type: ignore[attr-defined]
+
+
+async def test_a_stream_waits_for_the_engine_that_knows_its_words(store_url: str) -> None:
+    engine = Mortal()
+    async with replica(engine, store_url, engine_wait_s=5) as client:
+        done = await until(client, (await create(client, reasoning={"summary": "detailed"}))["id"], "completed")
+        whole = await events_of(client, done["id"])
+        engine.kill()
+        reading = asyncio.create_task(events_of(client, done["id"], 5))
+        await asyncio.sleep(0.3)
+        engine.revive()
+        assert whole[:6] + await reading == whole
+
+
+async def test_a_stream_whose_engine_stays_away_says_where_to_go_on(store_url: str) -> None:
+    engine = Mortal()
+    async with replica(engine, store_url, engine_wait_s=0.2) as client:
+        done = await until(client, (await create(client, reasoning={"summary": "detailed"}))["id"], "completed")
+        whole = await events_of(client, done["id"])
+        engine.kill()
+        response = await client.get(f"{RESPONSES}/{done['id']}", params={"stream": "true"})
+        *seen, cut = typed(response.text)
+        assert cut["error"]["code"] == "engine_unavailable"
+        assert f"starting_after={seen[-1]['sequence_number']}." in cut["error"]["message"]
+        engine.revive()
+        await client.app.state.runner.host.wait_up(5)  # type: ignore[attr-defined]
+        assert seen + await events_of(client, done["id"], seen[-1]["sequence_number"]) == whole
+
+
+@pytest.mark.parametrize("background", [False, True])
+async def test_a_stream_lives_where_its_client_is_told_nothing(store_url: str, background: bool) -> None:
+    engine = ScriptedEngine(lambda request: Script("x" * (60 * request.slot.index), LONG), speed=Speed(step_s=0.002))
+    sizes = {**SIZES, "population": 24, "rounds": 0, "final_candidates": 24}
+    async with on_port(engine, database_url=store_url, lease_s=5, keep_alive_s=0.2) as (url, app):
+        await app.state.runner.host.wait_up(5)
+        body = ask(stream=True, background=background, mrsa=sizes)
+        clock = asyncio.get_running_loop().time
+        async with httpx.AsyncClient(base_url=url) as client, client.stream("POST", RESPONSES, json=body) as response:
+            silences, last = [], clock()
+            async for _ in response.aiter_raw():
+                silences.append(clock() - last)
+                last = clock()
+    assert len(silences) > 5
+    assert max(silences) < 1
