@@ -564,9 +564,7 @@ class Runner:
     async def _begin(self, run: Run, prepare: Prepare, record: NewRun | None) -> None:
         """The life of a run that was submitted."""
         async with _in_time(run):
-            if record is not None and record.background and not self.host.up:
-                await self._write_down(run, record)  # its engine may take long: whoever asked is told that it waits
-            prepared = await self._prepare(prepare, run)
+            prepared = await self._prepare(prepare, run, record)
             if run.book is not None:
                 await run.book.write([prepared.state.started])
             elif record is not None:
@@ -607,8 +605,10 @@ class Runner:
         self._metrics.running.dec()
         self._places.release()
 
-    async def _prepare(self, prepare: Prepare, run: Run) -> Prepared:
+    async def _prepare(self, prepare: Prepare, run: Run, record: NewRun | None = None) -> Prepared:
         for deaths in range(_MOST_DEATHS):
+            if record is not None and record.background and run.book is None and not self.host.up:
+                await self._write_down(run, record)  # its engine may take long: whoever asked is told that it waits
             await self.host.wait_up(None if run.detached else self._engine_wait_s)
             try:
                 return await prepare(self.host.engine)

@@ -500,6 +500,17 @@ async def test_a_stream_whose_engine_stays_away_says_where_to_go_on(store_url: s
         assert seen + await events_of(client, done["id"], seen[-1]["sequence_number"]) == whole
 
 
+async def test_a_response_whose_engine_dies_as_it_is_asked_waits_in_the_store(store_url: str) -> None:
+    engine = Mortal()
+    async with replica(engine, store_url) as client:
+        engine.kill()  # which nobody has noticed
+        async with asyncio.timeout(3):
+            first = await create(client)
+        assert first["status"] == "queued"
+        engine.revive()
+        await until(client, first["id"], "completed")
+
+
 @pytest.mark.parametrize("background", [False, True])
 async def test_a_stream_lives_where_its_client_is_told_nothing(store_url: str, background: bool) -> None:
     engine = ScriptedEngine(lambda request: Script("x" * (60 * request.slot.index), LONG), speed=Speed(step_s=0.002))
