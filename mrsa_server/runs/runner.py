@@ -444,12 +444,13 @@ class Runner:
             models: Those whose runs can go on here, as clients name them; None while they are not known.
             revive: How those are prepared that have not begun.
         """
-        await self.host.wait_up(None)  # one without an engine leaves them to others
         while not self.draining:
             room = self._max_runs - len(self._runs)
+            # One without an engine leaves them to others; but to end those that are to be ended takes none.
+            served = (models() or ()) if self.host.up else ()
             claims: list[Claim] = []
             try:
-                claims = await journal.claim_lost(min(_TAKEN_AT_ONCE, room), models() or ()) if room > 0 else []
+                claims = await journal.claim_lost(min(_TAKEN_AT_ONCE, room), served) if room > 0 else []
                 for claim in claims:
                     await self._take_up(journal, claim, templates, revive)
             except StoreUnavailable as error:
@@ -484,17 +485,28 @@ class Runner:
                 raise ApiError(500, "run_lost", f"The run cannot go on: {error}.", headers=NO_RETRY) from None
         else:
             async with _in_time(run):
+                await asyncio.sleep(0)  # one that comes too late may be of a model that is not served here
                 run.state = (await self._prepare(revive(), run)).state
                 await book.write([run.state.started])
         log.info("run is taken up", run_id=run.id, events=len(events), rollouts=len(run.state.rollouts))
         if run.state.outcome is not None:
             return
-        await self._enter()
+        clock = asyncio.get_running_loop().time
+        entered = False
         try:
-            await self.host.wait_up(None)
+            try:
+                async with asyncio.timeout_at(run.deadline) as until:
+                    await self._enter()
+                    entered = True
+                    await self.host.wait_up(None)
+            except TimeoutError:
+                if not until.expired():
+                    raise
+                await self._end_at_deadline(run, sum(run.state.running.values()), clock())
             await self._drive(run, Watch.NONE)
         finally:
-            self._leave()
+            if entered:
+                self._leave()
 
     def _close(self, run: Run, status: RunStatus) -> None:
         """Write down how a run ended, or leave it to others, behind the back of those who wait for its answer."""

@@ -558,15 +558,16 @@ class RunStore:
 
         Args:
             limit: Most runs.
-            models: Those that are served here. A run that is to be cancelled may be of any.
+            models: Those that are served here. A run that is to be cancelled, or whose time is over, may be of any.
 
         Raises:
             StoreUnavailable: The database does not answer.
         """
         now = self._database.now
+        ours = or_(_runs.model.in_(models), _runs.cancel_requested, _runs.deadline_at < now)
         lost = (
             select(_runs.run_id)
-            .where(_UNFINISHED, _runs.lease_until < now, or_(_runs.model.in_(models), _runs.cancel_requested))
+            .where(_UNFINISHED, _runs.lease_until < now, ours)
             .order_by(_runs.created_at, _runs.run_id)
             .limit(limit)
         )

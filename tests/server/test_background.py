@@ -526,3 +526,39 @@ async def test_a_stream_lives_where_its_client_is_told_nothing(store_url: str, b
                 last = clock()
     assert len(silences) > 5
     assert max(silences) < 1
+
+
+async def test_a_response_that_nobody_has_is_cancelled_without_an_engine(store: RunStore, store_url: str) -> None:
+    async with in_memory(Asleep(), up=False, database_url=store_url, lease_s=LEASE_S) as client:
+        first = await create(client)
+        await client.app.state.runner.drain(0)  # type: ignore[attr-defined]
+    async with in_memory(Asleep(), up=False, database_url=store_url, lease_s=LEASE_S) as client, asyncio.timeout(5):
+        response = await client.post(f"{RESPONSES}/{first['id']}/cancel")
+    assert response.json()["status"] == "cancelled"
+
+
+@pytest.mark.parametrize("taken_up", [False, True])
+async def test_a_deadline_holds_though_no_engine_comes_back(
+    store: RunStore, store_url: str, monkeypatch: pytest.MonkeyPatch, taken_up: bool
+) -> None:
+    engine = Mortal()
+    async with replica(Mortal("x" * 1000), store_url) as client:
+        first = await create(client, mrsa={**SIZES, "deadline_s": 2.5})
+        await only_run(store, events=4)
+        await client.app.state.runner.drain(0)  # type: ignore[attr-defined]
+    server = in_memory(engine if taken_up else Asleep(), up=taken_up, database_url=store_url, lease_s=LEASE_S)
+    async with server as client:
+        host, kept = client.app.state.runner.host, client.app.state.asking.store  # type: ignore[attr-defined]
+        read = kept.events
+
+        async def read_and_lose(*args: Any) -> Any:  # the first to read is who takes the run up
+            engine.kill()
+            host.lost("it was killed")
+            return await read(*args)
+
+        if taken_up:
+            monkeypatch.setattr(kept, "events", read_and_lose)
+        await until_ended(store, run_of(first), 10)
+        body = await retrieve(client, first["id"])
+    assert body["status"] == "failed"
+    assert "mrsa.deadline_s=2.5" in body["error"]["message"]
