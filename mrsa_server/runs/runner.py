@@ -546,8 +546,9 @@ class Runner:
         for run in runs:
             run.cancel(ShuttingDown())
         await asyncio.gather(*(run.task for run in runs if run.task is not None), return_exceptions=True)
-        if self._closing:
-            await asyncio.wait(self._closing, timeout=_CLOSING_S)
+        last_words = self._closing | (set() if self._journal is None else self._journal.undoing)
+        if last_words:
+            await asyncio.wait(last_words, timeout=_CLOSING_S)
         self.left.set()
 
     async def _own(self, run: Run, life: Callable[[], Awaitable[None]]) -> None:

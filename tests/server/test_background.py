@@ -562,3 +562,28 @@ async def test_a_deadline_holds_though_no_engine_comes_back(
         body = await retrieve(client, first["id"])
     assert body["status"] == "failed"
     assert "mrsa.deadline_s=2.5" in body["error"]["message"]
+
+
+async def test_a_run_whose_client_left_while_it_was_stored_is_not_taken_up(
+    store: RunStore, store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with on_port(slow(), database_url=store_url, lease_s=LEASE_S) as (url, app):
+        await app.state.runner.host.wait_up(5)
+        kept = app.state.asking.store
+        make, late = kept.create, asyncio.Event()
+
+        async def create_late(*args: Any) -> Any:
+            await late.wait()
+            return await make(*args)
+
+        async def create_whole(*args: Any) -> Any:  # as the store's own: what is begun is not cut
+            return await asyncio.shield(asyncio.create_task(create_late(*args)))
+
+        monkeypatch.setattr(kept, "create", create_whole)
+        async with httpx.AsyncClient(base_url=url) as client:
+            with pytest.raises(httpx.ReadTimeout):
+                await client.post(RESPONSES, json=ask(background=False), timeout=0.3)
+            await asyncio.sleep(0.1)
+            late.set()
+            await asyncio.sleep(3 * LEASE_S)
+    assert await store.list_runs() == []
