@@ -13,7 +13,7 @@ from starlette.responses import Response
 from harness.run import Watch
 from harness.types import InvalidParams
 from mrsa_server.api.asking import AskService, Key, Route, Writer, read_body, submit
-from mrsa_server.api.errors import KeyInUse, RunCancelled, of_params
+from mrsa_server.api.errors import KeyBusy, KeyInUse, RunCancelled, of_params
 from mrsa_server.api.idempotency import Asked, Kept, digest_of, read_key
 from mrsa_server.api.sse import KEEP_ALIVE, ClientGone, EventStream, error_frame, until_gone
 from mrsa_server.api.stored import asked_again, unavailable, until_ended
@@ -88,6 +88,8 @@ async def _again(service: AskService, record: StoredRun) -> bytes:
     """The whole response of a run that may still be under way, here or elsewhere."""
     assert service.store is not None  # the record is its
     ended = record if record.ended_at is not None else await until_ended(service.store, record.run_id)
+    if ended.status == "cancelled" and not ended.cancel_requested:  # whoever had begun it has left, and nobody else
+        raise KeyBusy
     return await _whole(service, service.routes[record.kind], await asked_again(service, ended))
 
 

@@ -587,3 +587,22 @@ async def test_a_run_whose_client_left_while_it_was_stored_is_not_taken_up(
             late.set()
             await asyncio.sleep(3 * LEASE_S)
     assert await store.list_runs() == []
+
+
+async def test_a_key_whose_run_was_left_elsewhere_is_to_be_asked_again(store: RunStore, store_url: str) -> None:
+    body = ask(background=False)
+    async with (
+        on_port(slow(0.02), database_url=store_url, lease_s=LEASE_S) as (url, app),
+        replica(slow(), store_url) as other,
+        httpx.AsyncClient(base_url=url) as client,
+    ):
+        await app.state.runner.host.wait_up(5)
+        first = asyncio.create_task(client.post(RESPONSES, json=body, headers=KEY, timeout=1))
+        await only_run(store, events=3)
+        again = asyncio.create_task(other.post(RESPONSES, json=body, headers=KEY))
+        with pytest.raises(httpx.ReadTimeout):
+            await first
+        busy = await again
+        assert (busy.status_code, busy.json()["error"]["code"]) == (409, "idempotency_key_busy")
+        assert "x-should-retry" not in busy.headers
+        assert (await other.post(RESPONSES, json=body, headers=KEY)).status_code == 200
