@@ -606,3 +606,11 @@ async def test_a_key_whose_run_was_left_elsewhere_is_to_be_asked_again(store: Ru
         assert (busy.status_code, busy.json()["error"]["code"]) == (409, "idempotency_key_busy")
         assert "x-should-retry" not in busy.headers
         assert (await other.post(RESPONSES, json=body, headers=KEY)).status_code == 200
+
+
+async def test_a_model_that_cannot_be_printed_is_none_before_names_are_known(store_url: str) -> None:
+    engine = Asleep()
+    engine.model = ""
+    async with in_memory(engine, up=False, database_url=store_url, lease_s=LEASE_S) as client, asyncio.timeout(3):
+        response = await client.post(RESPONSES, json=ask(model="a\0b-mrsa"))
+        assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
