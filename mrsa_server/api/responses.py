@@ -139,13 +139,19 @@ async def _complete(service: AskService, raw: bytes) -> bytes:
     """A body whose input begins with the conversation that it goes on with.
 
     Raises:
-        BadRequest: There is no such response, or it has no answer.
+        BadRequest: There is no such response, or it has no answer; or the body is not good by itself.
+        InvalidParams: Likewise.
         StoreUnavailable: The database does not answer.
     """
-    check_body(raw)  # so that an error names the places that the client wrote
+    check_body(raw)
     earlier = previous_of(raw)
     if earlier is None or service.store is None:
         return raw
+    try:
+        parse_response(raw, service.settings)  # so that an error names the places that the client wrote
+    except BadRequest as error:
+        if error.param != "input":  # what is too little by itself may do as the end of more
+            raise
     name = _NAME.fullmatch(earlier)
     record = await service.store.get(RUN + name[1]) if name else None
     if record is None or record.kind != "response":

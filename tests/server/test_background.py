@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from typing import Any
 
@@ -332,6 +333,30 @@ async def test_a_response_that_is_not_there_or_not_done_cannot_be_gone_on_with(s
         assert response.json()["error"]["param"] == "input.0.content", "as the client wrote it"
 
 
+async def test_an_error_names_the_turn_that_the_client_wrote(store_url: str) -> None:
+    async with replica(slow(), store_url) as client:
+        first = await until(client, (await create(client))["id"], "completed")
+        image = {"type": "input_image", "image_url": "http://example.com/x.png"}
+        body = ask(previous_response_id=first["id"], input=[{"role": "user", "content": [image]}])
+        response = await client.post(RESPONSES, json=body)
+    assert response.json()["error"]["param"] == "input.0.content.0.image_url"
+
+
+async def test_pages_of_items_end_though_a_client_gave_one_id_twice(store_url: str) -> None:
+    async with replica(slow(), store_url) as client:
+        turns = [{"role": "user", "content": text, "id": "twin"} for text in ("one", "two", "three")]
+        first = await create(client, input=turns)
+        found: list[str] = []
+        query = {"limit": "1", "order": "asc"}
+        while len(found) < 9:
+            page = (await client.get(f"{RESPONSES}/{first['id']}/input_items", params=query)).json()
+            found += [item["content"][0]["text"] for item in page["data"]]
+            if not page["has_more"]:
+                break
+            query["after"] = page["last_id"]
+    assert found == ["one", "two", "three"]
+
+
 @pytest.mark.parametrize("path", ["", "/cancel", "/input_items"])
 async def test_what_is_not_there_is_a_404(store_url: str, path: str) -> None:
     async with replica(slow(), store_url) as client, in_memory() as bare:
@@ -606,6 +631,19 @@ async def test_a_key_whose_run_was_left_elsewhere_is_to_be_asked_again(store: Ru
         assert (busy.status_code, busy.json()["error"]["code"]) == (409, "idempotency_key_busy")
         assert "x-should-retry" not in busy.headers
         assert (await other.post(RESPONSES, json=body, headers=KEY)).status_code == 200
+
+
+@pytest.mark.parametrize("where", ["prompt_cache_options", "parsed"])
+async def test_a_body_too_deep_to_be_told_again_is_refused(store_url: str, where: str) -> None:
+    options: dict[str, Any] = {"prompt_cache_options": {"a": "DEEP"}}
+    text = {"type": "output_text", "text": "x", "parsed": "DEEP"}
+    parsed: dict[str, Any] = {"input": [{"role": "assistant", "content": [text]}, {"role": "user", "content": "x"}]}
+    body = json.dumps(ask(**{"prompt_cache_options": options, "parsed": parsed}[where]))
+    body = body.replace('"DEEP"', "[" * 400 + "]" * 400)
+    async with replica(slow(), store_url) as client:
+        response = await client.post(RESPONSES, content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    assert "254" in response.json()["error"]["message"]
 
 
 async def test_a_model_that_cannot_be_printed_is_none_before_names_are_known(store_url: str) -> None:
