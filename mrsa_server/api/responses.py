@@ -100,6 +100,7 @@ async def delete_response(request: Request, response_id: str) -> Response:
     if here is not None:
         here.cancel(RunCancelled())
     await store.delete(record.run_id)
+    service.keys.forget(record.run_id)
     return _json({"id": response_id, "object": "response", "deleted": True})
 
 

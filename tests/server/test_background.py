@@ -377,6 +377,17 @@ async def test_a_bad_parameter_is_named(store_url: str, query: str) -> None:
     assert response.json()["error"]["param"] == query.split("&")[-1].split("=")[0]
 
 
+async def test_a_deleted_response_is_not_told_again_to_its_key(store: RunStore, store_url: str) -> None:
+    async with replica(slow(), store_url) as client:
+        body = ask(background=False)
+        first = (await client.post(RESPONSES, json=body, headers=KEY)).json()
+        await until_ended(store, run_of(first))
+        await client.delete(f"{RESPONSES}/{first['id']}")
+        again = (await client.post(RESPONSES, json=body, headers=KEY)).json()
+    assert again["status"] == "completed"
+    assert again["id"] != first["id"]
+
+
 # Keys of idempotency, over replicas and restarts.
 
 
