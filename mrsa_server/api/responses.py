@@ -248,7 +248,9 @@ def _stream(service: AskService, store: RunStore, record: StoredRun, after: int)
     def broken(error: ApiError) -> bytes:
         """The stream ends here, and the response does not: so nothing is numbered."""
         blame = error.body()["error"]
-        hint = f"{error.message.rstrip('.')}. Go on with starting_after={last}." if record.background else error.message
+        hint = error.message
+        if record.background and error.status >= 500:
+            hint = f"{hint.rstrip('.')}. Go on with starting_after={last}."
         assert isinstance(blame, dict)  # as the shape of errors has it
         fields = {"type": "error", "sequence_number": max(last, 0), "code": error.code, "message": hint, "param": None}
         return named_frame("error", {**fields, "error": {**blame, "message": hint}})
@@ -288,7 +290,7 @@ async def _frames(
                 said = clock()
         ended = await store.get(record.run_id)
         if ended is None:
-            return
+            raise NoSuchRun(record.run_id)
         told.run.ended_at = ended.ended_at
         if events.reads_thinking:
             await add_traces(store, told.run)
@@ -304,8 +306,8 @@ async def _frames(
             await asyncio.sleep(_PAUSE_S)
             thinking = await _thinking(service, told.run, min(keep_alive_s, max(0.1, until - clock())))
         yield _finish(ended, told, events, thinking)
-    except NoSuchRun:  # it was deleted while somebody read it
-        return
+    except NoSuchRun:
+        raise ApiError(404, "not_found", "The response was deleted while it was read.") from None
     except StoreUnavailable as error:
         raise unavailable(error) from None
 

@@ -286,6 +286,23 @@ async def test_a_response_is_deleted_with_its_run(store: RunStore, store_url: st
         assert (await client.get(f"/v1/runs/{run_of(first)}")).status_code == 404
 
 
+async def test_who_reads_a_response_that_is_deleted_is_told(store: RunStore, store_url: str) -> None:
+    async with replica(slow(0.02), store_url) as client, replica(slow(), store_url) as other:
+        first = await create(client)
+        await only_run(store, events=3)
+        reading = [
+            asyncio.create_task(one.get(f"{RESPONSES}/{first['id']}", params={"stream": "true"}))
+            for one in (client, other)
+        ]
+        await asyncio.sleep(0.05)
+        await other.delete(f"{RESPONSES}/{first['id']}")
+        for response in await asyncio.gather(*reading):
+            last = typed(response.text)[-1]
+            assert last["type"] == "error"
+            assert last["error"]["code"] == "not_found"
+            assert "starting_after" not in last["error"]["message"]
+
+
 async def test_a_response_goes_on_with_an_earlier_one(store: RunStore, store_url: str) -> None:
     async with replica(slow(), store_url) as client:
         first = await until(client, (await create(client, instructions="Be brief."))["id"], "completed")
