@@ -37,6 +37,7 @@ _READERS = 4
 # How much longer to queue for a connection than for an answer: many before us may have one each, of milliseconds.
 _QUEUE = 3
 _CONNECTIONS = 8
+_BAD_DATA = "22"  # the class of Postgres' errors for what no column can hold
 _DRIVERS = {
     "sqlite": "sqlite",
     "sqlite+aiosqlite": "sqlite",
@@ -226,6 +227,8 @@ class Database:
         except (IntegrityError, ProgrammingError, DataError, NotSupportedError):
             raise
         except DBAPIError as error:
+            if str(getattr(error.orig, "sqlstate", "")).startswith(_BAD_DATA):
+                raise  # to repeat it changes nothing
             raise StoreUnavailable(str(error.orig)) from error
         except PoolTimeout as error:
             raise StoreUnavailable("no connection came free in time") from error

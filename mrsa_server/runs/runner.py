@@ -452,13 +452,14 @@ class Runner:
             models: Those whose runs can go on here, as clients name them; None while they are not known.
             revive: How those are prepared that have not begun.
         """
-        await self.host.wait_up(None)  # one without an engine leaves them to others
         while not self.draining:
             room = min(_TAKEN_AT_ONCE, self._max_runs - (len(self._runs) - self._batch_runs))
             of_batches = min(_TAKEN_AT_ONCE, self._max_batch_runs - self._batch_runs)
+            # One without an engine leaves them to others; but to end those that are to be ended takes none.
+            served = (models() or ()) if self.host.up else ()
             claims: list[Claim] = []
             try:
-                claims = await journal.claim_lost(max(0, room), models() or (), max(0, of_batches))
+                claims = await journal.claim_lost(max(0, room), served, max(0, of_batches))
                 for claim in claims:
                     await self._take_up(journal, claim, templates, revive)
             except StoreUnavailable as error:
@@ -511,6 +512,7 @@ class Runner:
                 raise ApiError(500, "run_lost", f"The run cannot go on: {error}.", headers=NO_RETRY) from None
         else:
             async with _in_time(run):
+                await asyncio.sleep(0)  # one that comes too late may be of a model that is not served here
                 run.state = (await self._prepare(revive(), run)).state
                 await book.write([run.state.started])
         log.info("run is taken up", run_id=run.id, events=len(events), rollouts=len(run.state.rollouts))
@@ -518,12 +520,22 @@ class Runner:
             return
         if run.batch and run.state.params.deadline_s is not None:
             run.deadline = run.begun + run.state.params.deadline_s
-        await self._enter(run)
+        clock = asyncio.get_running_loop().time
+        entered = False
         try:
-            await self.host.wait_up(None)
+            try:
+                async with asyncio.timeout_at(run.deadline) as until:
+                    await self._enter(run)
+                    entered = True
+                    await self.host.wait_up(None)
+            except TimeoutError:
+                if not until.expired():
+                    raise
+                await self._end_at_deadline(run, sum(run.state.running.values()), clock())
             await self._drive(run, Watch.NONE)
         finally:
-            self._leave(run)
+            if entered:
+                self._leave(run)
 
     def _close(self, run: Run, status: RunStatus) -> None:
         """Write down how a run ended, or leave it to others, behind the back of those who wait for its answer."""
@@ -563,8 +575,9 @@ class Runner:
         for run in runs:
             run.cancel(ShuttingDown())
         await asyncio.gather(*(run.task for run in runs if run.task is not None), return_exceptions=True)
-        if self._closing:
-            await asyncio.wait(self._closing, timeout=_CLOSING_S)
+        last_words = self._closing | (set() if self._journal is None else self._journal.undoing)
+        if last_words:
+            await asyncio.wait(last_words, timeout=_CLOSING_S)
         self.left.set()
 
     async def _own(self, run: Run, life: Callable[[], Awaitable[None]]) -> None:
@@ -593,9 +606,7 @@ class Runner:
     async def _begin(self, run: Run, prepare: Prepare, record: NewRun | None) -> None:
         """The life of a run that was submitted."""
         async with _in_time(run):
-            if record is not None and record.background and not self.host.up:
-                await self._write_down(run, record)  # its engine may take long: whoever asked is told that it waits
-            prepared = await self._prepare(prepare, run)
+            prepared = await self._prepare(prepare, run, record)
             if run.book is not None:
                 await run.book.write([prepared.state.started])
             elif record is not None:
@@ -644,8 +655,10 @@ class Runner:
         if not run.batch:
             self._places.release()
 
-    async def _prepare(self, prepare: Prepare, run: Run) -> Prepared:
+    async def _prepare(self, prepare: Prepare, run: Run, record: NewRun | None = None) -> Prepared:
         for deaths in range(_MOST_DEATHS):
+            if record is not None and record.background and run.book is None and not self.host.up:
+                await self._write_down(run, record)  # its engine may take long: whoever asked is told that it waits
             await self.host.wait_up(None if run.detached else self._engine_wait_s)
             try:
                 return await prepare(self.host.engine)

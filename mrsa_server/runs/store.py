@@ -501,14 +501,15 @@ class RunStore:
 
         Args:
             limit: Most of those for whom somebody waits. They come first, the oldest first.
-            models: Those that are served here. A run that is to be cancelled may be of any.
+            models: Those that are served here. A run that is to be cancelled, or whose time is over, may be of any.
             of_batches: Most of the others, which are lines of batches; None for what is left of `limit`.
 
         Raises:
             StoreUnavailable: The database does not answer.
         """
-        theirs = or_(_runs.model.in_(models), _runs.cancel_requested)
-        lost = select(_runs.run_id).where(_UNFINISHED, _runs.lease_until < self._database.now, theirs)
+        now = self._database.now
+        ours = or_(_runs.model.in_(models), _runs.cancel_requested, _runs.deadline_at < now)
+        lost = select(_runs.run_id).where(_UNFINISHED, _runs.lease_until < now, ours)
         alone = lost.where(_runs.batch_id.is_(None)).order_by(_runs.created_at, _runs.run_id)
         batched = lost.where(_runs.batch_id.is_not(None)).order_by(_runs.batch_id, _runs.batch_line)
         found: list[Claim] = []
