@@ -4,7 +4,9 @@ To vLLM it is a sliding window of a few tokens, and so its own manager does all 
 at every block of a cached prefix, is freed behind the window, survives chunks of any size and goes with a preempted
 request. Nothing is copied when a sequence enters a new block, and a sequence that does not move is not touched.
 
-A block of the window holds the last `kept` of its tokens: token p lies in row `p % block_size % kept` of its block.
+Of its tokens a block holds the last W, for whoever goes on behind it, each in a row of its own; before them come those
+where a sequence stands in the midst of the block, in a ring. vLLM lets a request go on behind a block that another one
+fills in the same step: so the ends of blocks are written before anything is read, and the ring is written after.
 """
 
 from __future__ import annotations
@@ -24,30 +26,40 @@ from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 
 @dataclass(frozen=True, slots=True)
+class Writes:
+    """Rows of the state to be written. All are `[n]`.
+
+    Attributes:
+        block: 0, which vLLM gives to nobody, where nothing is to be written.
+        row: In the block.
+        token: Which tokens of the step; None where each request has one.
+    """
+
+    block: Tensor
+    row: Tensor
+    token: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
 class Steps:
     """Which rows of the state one step of the engine reads and writes, the same for all layers.
 
-    R requests, T tokens, W tokens of window, n rows to write.
-
     Attributes:
-        read_block: `[R, W]` block of each token before the request's first, oldest first.
-        read_row: `[R, W]` its row in there.
-        known: `[R, W, 1]` whether there is such a token.
-        write_block: `[n]` blocks; 0, which vLLM gives to nobody, where nothing is to be written.
-        write_row: `[n]` rows in there.
-        write_token: `[n]` which tokens of the step; None where each request has one.
+        before: What is written before anything is read.
+        block: `[requests, W]` of each token before a request's first in this step, oldest first.
+        row: `[requests, W]` in the block.
+        known: `[requests, W, 1]` whether there is such a token.
         heads: For each distance from 1 to W, the tokens of the step whose token that far back is a remembered one:
-            their index in the step, their request and the column of `read_block`. Empty where each request has one
-            token.
+            their index in the step, their request and the column of `block`. Empty where each request has one token.
+        after: What is written at last; None where each request has one token.
     """
 
-    read_block: Tensor
-    read_row: Tensor
+    before: Writes
+    block: Tensor
+    row: Tensor
     known: Tensor
-    write_block: Tensor
-    write_row: Tensor
-    write_token: Tensor | None
     heads: tuple[tuple[Tensor, Tensor, Tensor], ...]
+    after: Writes | None
 
 
 class StepsBuilder(AttentionMetadataBuilder):  # type: ignore[misc]  # vLLM is no typed package here
@@ -58,72 +70,74 @@ class StepsBuilder(AttentionMetadataBuilder):  # type: ignore[misc]  # vLLM is n
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
-        self.window, self.kept, self.block_size = layer.window, layer.kept, kv_cache_spec.block_size
+        self.window, self.ring, self.block_size = layer.window, layer.ring, kv_cache_spec.block_size
         # A CUDA graph reads where it read when it was captured.
         rows = vllm_config.scheduler_config.max_num_seqs
-        self._lasting = {
-            name: torch.zeros(shape, dtype=dtype, device=device)
-            for name, shape, dtype in (
-                ("read_block", (rows, self.window), torch.int64),
-                ("read_row", (rows, self.window), torch.int64),
-                ("known", (rows, self.window, 1), torch.bool),
-                ("write_block", (rows,), torch.int64),
-                ("write_row", (rows,), torch.int64),
+        self._lasting = tuple(
+            torch.zeros(shape, dtype=dtype, device=device)
+            for shape, dtype in (
+                ((rows,), torch.int64),
+                ((rows,), torch.int64),
+                ((rows, self.window), torch.int64),
+                ((rows, self.window), torch.int64),
+                ((rows, self.window, 1), torch.bool),
             )
-        }
+        )
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False, **_: object) -> Steps:
         batch = common_attn_metadata
         requests = batch.num_reqs
-        table = batch.block_table_tensor[:requests]
+        table = batch.block_table_tensor[:requests].long()
         start = batch.query_start_loc[: requests + 1].long()
         length = start.diff()  # 0 where a CUDA graph is wider than the batch
         end = batch.seq_lens[:requests].long()
         first = end - length
-        before = first[:, None] + torch.arange(-self.window, 0, device=first.device)
-        known = (before >= 0) & (length > 0)[:, None]
-        at = before.clamp(min=0)
-        read_block = self._blocks(table, at // self.block_size, known)
+        back = first[:, None] + torch.arange(-self.window, 0, device=first.device)
+        known = (back >= 0) & (length > 0)[:, None]
+        back = back.clamp(min=0)
+        block = torch.where(known, table.gather(1, back // self.block_size), 0)
         if batch.max_query_len == 1:
-            at_end = (end - 1).clamp(min=0)[:, None]
-            write_block = self._blocks(table, at_end // self.block_size, (length > 0)[:, None])[:, 0]
-            return self._one_token_each(read_block, self._rows(at), known, write_block, self._rows(at_end[:, 0]))
+            at = (end - 1).clamp(min=0)
+            own = table.gather(1, (at // self.block_size)[:, None])[:, 0]
+            return self._one_token_each(
+                torch.where(length > 0, own, 0), self._rows(at), block, self._rows(back), known[..., None]
+            )
         lengths = np.diff(batch.query_start_loc_cpu[: requests + 1].numpy())
-        heads = tuple(self._head(distance, lengths, start) for distance in range(1, self.window + 1))
-        request, ordinal, last = (self._to_device(part) for part in _writes(lengths, self.block_size, self.kept))
-        block = first[request] // self.block_size + ordinal
-        after = torch.minimum((block + 1) * self.block_size, end[request])
-        written = after - 1 - last
-        live = written >= torch.maximum(first[request], block * self.block_size)
-        moved = torch.where(live, written - first[request], 0)
-        column = block.clamp(max=table.shape[1] - 1)
+        # How a request lies in its blocks is known on the device alone: these are the most that it may touch.
+        blocks = np.where(lengths > 0, (lengths + self.block_size - 2) // self.block_size + 1, 0)
+
+        def writes(counts: np.ndarray, each: np.ndarray, ends: bool) -> Writes:
+            request, ordinal, last = (self._to_device(part) for part in _numbered(counts, each))
+            column = first[request] // self.block_size + ordinal if ends else (end[request] - 1) // self.block_size
+            at = (column + 1) * self.block_size - 1 - last if ends else end[request] - 1 - last
+            live = (at >= first[request]) & (at < end[request])
+            if not ends:
+                live &= at % self.block_size < self.block_size - self.window
+                column = at.clamp(min=0) // self.block_size
+            own = table[request, column.clamp(max=table.shape[1] - 1)]
+            token = start[request] + torch.where(live, at - first[request], 0)
+            return Writes(torch.where(live, own, 0), self._rows(at.clamp(min=0)), token)
+
         return Steps(
-            read_block,
-            self._rows(at),
+            writes(blocks, np.full_like(lengths, self.window), ends=True),
+            block,
+            self._rows(back),
             known[..., None],
-            torch.where(live, table[request, column].long(), 0),
-            self._rows(written.clamp(min=0)),
-            start[request] + moved,
-            heads,
+            tuple(self._head(distance, lengths, start) for distance in range(1, self.window + 1)),
+            writes(np.minimum(lengths, 1), np.minimum(lengths, self.ring), ends=False),
         )
 
-    def _one_token_each(
-        self, read_block: Tensor, read_row: Tensor, known: Tensor, write_block: Tensor, write_row: Tensor
-    ) -> Steps:
-        lasting = []
-        values = (read_block, read_row, known[..., None], write_block, write_row)
-        for place, value in zip(self._lasting.values(), values, strict=True):
-            place = place[: len(value)]
-            lasting.append(place.copy_(value))
-        return Steps(*lasting, None, ())
+    def _one_token_each(self, own: Tensor, at: Tensor, block: Tensor, row: Tensor, known: Tensor) -> Steps:
+        own, at, block, row, known = (
+            place[: len(value)].copy_(value)
+            for place, value in zip(self._lasting, (own, at, block, row, known), strict=True)
+        )
+        return Steps(Writes(own, at, None), block, row, known, (), None)
 
     def _rows(self, position: Tensor) -> Tensor:
-        return position % self.block_size % self.kept
-
-    @staticmethod
-    def _blocks(table: Tensor, column: Tensor, live: Tensor) -> Tensor:
-        column = column.clamp(max=table.shape[1] - 1)
-        return torch.where(live, table.gather(1, column).long(), 0)
+        offset = position % self.block_size
+        of_end = offset - (self.block_size - self.window)
+        return torch.where(of_end >= 0, of_end, self.window + offset % self.ring)
 
     def _head(self, distance: int, lengths: np.ndarray, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         requests, places = np.nonzero(lengths[:, None] > np.arange(distance))
@@ -137,16 +151,11 @@ class StepsBuilder(AttentionMetadataBuilder):  # type: ignore[misc]  # vLLM is n
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
-def _writes(lengths: np.ndarray, block_size: int, kept: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows that a step may have to write: its request, which of its blocks, how far from the end in there.
-
-    More than there are, for how a request lies in its blocks is known on the device alone.
-    """
-    blocks = np.where(lengths > 0, (lengths + block_size - 2) // block_size + 1, 0)
-    each = np.minimum(lengths, kept)
-    counts = blocks * each
-    request = np.repeat(np.arange(len(lengths)), counts)
-    number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+def _numbered(counts: np.ndarray, each: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each request `counts` times `each` items: the request, which of its counts, which of the each."""
+    items = counts * each
+    request = np.repeat(np.arange(len(items)), items)
+    number = np.arange(items.sum()) - np.repeat(np.cumsum(items) - items, items)
     return request, number // each[request], number % each[request]
 
 
@@ -187,7 +196,9 @@ class CcaState(nn.Module, AttentionLayerBase):  # type: ignore[misc]
         super().__init__()
         config = get_current_vllm_config()
         self.prefix, self.width, self.window = prefix, width, window
-        self.kept = window + (config.num_speculative_tokens if config.speculative_config else 0)
+        # One more than is read, for a step of one token writes first; and drafts that are rejected are overwritten.
+        self.ring = window + 1 + (config.num_speculative_tokens if config.speculative_config else 0)
+        self.kept = window + self.ring
         self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
         self.dtype = config.model_config.dtype
         self.page_dtype = kv_cache_dtype_str_to_dtype(cache_config.cache_dtype, config.model_config)
@@ -217,11 +228,11 @@ class CcaState(nn.Module, AttentionLayerBase):  # type: ignore[misc]
             sliding_window=self.window + 1,
         )
         row = self.width * self.dtype.itemsize
-        if self.kept * row > spec.page_size_bytes or self.kept > spec.block_size:
-            a_token = spec.page_size_bytes // spec.block_size
-            least = max(-(-self.kept * row // a_token), self.kept)
+        a_token = spec.page_size_bytes // spec.block_size
+        least = max(-(-self.kept * row // a_token), self.kept)
+        if spec.block_size < least:
             raise ValueError(
-                f"a KV cache block of {spec.block_size} tokens ({spec.page_size_bytes} bytes) is too small for the CCA "
+                f"a KV cache block of {spec.block_size} tokens ({spec.page_size_bytes} bytes) cannot hold the CCA "
                 f"state of {self.kept} tokens ({self.kept * row} bytes): --block-size {least} or more"
             )
         return spec
@@ -239,20 +250,23 @@ class CcaState(nn.Module, AttentionLayerBase):  # type: ignore[misc]
             return
         steps: Steps = metadata[self.prefix]
         pages = self._pages()
-        before = pages[steps.read_block, steps.read_row]
-        before = torch.where(steps.known, before, 0)
-        if steps.write_token is None:
+        self._write(pages, rows, steps.before)
+        before = torch.where(steps.known, pages[steps.block, steps.row], 0)
+        if steps.after is None:
             requests = len(before)
             past[:, :requests] = before.transpose(0, 1).flip(0)
             past[:, requests:] = 0
-            pages[steps.write_block, steps.write_row] = rows[:requests]
             return
         for distance, (token, request, column) in enumerate(steps.heads, 1):
             earlier = past[distance - 1]
             earlier[:distance] = 0
             earlier[distance:] = rows[:-distance]
             earlier[token] = before[request, column]
-        pages[steps.write_block, steps.write_row] = rows[steps.write_token]
+        self._write(pages, rows, steps.after)
+
+    @staticmethod
+    def _write(pages: Tensor, rows: Tensor, writes: Writes) -> None:
+        pages[writes.block, writes.row] = rows[: len(writes.block)] if writes.token is None else rows[writes.token]
 
     def _pages(self) -> Tensor:
         """`[blocks, kept, width]` of this layer, wherever vLLM's layout has put its blocks."""
