@@ -72,7 +72,8 @@ class StepsBuilder(AttentionMetadataBuilder):  # type: ignore[misc]  # vLLM is n
         layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
         self.window, self.ring, self.block_size = layer.window, layer.ring, kv_cache_spec.block_size
         # A CUDA graph reads where it read when it was captured.
-        rows = vllm_config.scheduler_config.max_num_seqs
+        widest = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        rows = max(vllm_config.scheduler_config.max_num_seqs, widest)
         self._lasting = tuple(
             torch.zeros(shape, dtype=dtype, device=device)
             for shape, dtype in (
@@ -269,16 +270,19 @@ class CcaState(nn.Module, AttentionLayerBase):  # type: ignore[misc]
         pages[writes.block, writes.row] = rows[: len(writes.block)] if writes.token is None else rows[writes.token]
 
     def _pages(self) -> Tensor:
-        """`[blocks, kept, width]` of this layer, wherever vLLM's layout has put its blocks."""
-        cache = self.kv_cache
-        size = cache.element_size()
-        per_row = self.width * self.dtype.itemsize
-        raw = cache.view(torch.uint8) if cache.dtype != torch.uint8 else cache
-        return (
-            torch.as_strided(raw, (len(cache), self.kept * per_row), (cache.stride(0) * size, 1), raw.storage_offset())
-            .view(self.dtype)
-            .unflatten(1, (self.kept, self.width))
-        )
+        """`[blocks, kept, width]` of this layer, wherever vLLM's layout has put its blocks.
+
+        Raises:
+            ValueError: The layout tears a block of one layer apart.
+        """
+        cache = self.kv_cache.view(torch.uint8)
+        size = cache[0].numel()
+        strides = zip(cache.shape[1:], cache.stride()[1:], strict=True)
+        if 1 + sum((length - 1) * stride for length, stride in strides) != size:
+            raise ValueError("the CCA state needs a KV cache layout of whole blocks: unset VLLM_KV_CACHE_LAYOUT")
+        wanted = self.kept * self.width * self.dtype.itemsize
+        pages = cache.as_strided((len(cache), wanted), (cache.stride(0), 1))
+        return pages.view(self.dtype).unflatten(1, (self.kept, self.width))
 
 
 def _exchange(rows: Tensor, past: Tensor, layer_name: str) -> None:
