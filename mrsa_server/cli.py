@@ -24,6 +24,8 @@ _COMMANDS = (
     _Command("ask", "ask a question, watch the rounds, get the answer", "mrsa_server.ask"),
     _Command("plan", "forecast wall times, tokens and cost of a load on a fleet", "mrsa_server.plan"),
     _Command("runs", "list, show, follow, cancel and export stored runs", "mrsa_server.history"),
+    _Command("doctor", "say what this machine can serve, what is missing and what mends it", "mrsa_server.doctor"),
+    _Command("model", "check a ZAYA1 on disk, without a GPU", "mrsa_server.model"),
     _Command("db", "make or upgrade the tables that runs are stored in", "mrsa_server.db"),
 )
 

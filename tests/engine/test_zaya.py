@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mrsa_server.zaya.checkpoint import read
 from tests.helpers.tiny_zaya import VOCABULARY, random_zaya, write_tiny_zaya
 
 pytestmark = pytest.mark.engine
@@ -317,7 +318,7 @@ def test_experts_without_tokens_and_the_one_that_does_nothing(tmp_path: Path) ->
     assert len(ids[weights > 0].unique()) > 1
 
 
-@pytest.mark.parametrize(
+SHAPES = pytest.mark.parametrize(
     "config",
     [
         pytest.param({"layer_types": ["hybrid_sliding", "hybrid"] * 2, "sliding_window": 40}, id="sliding"),
@@ -327,12 +328,29 @@ def test_experts_without_tokens_and_the_one_that_does_nothing(tmp_path: Path) ->
         pytest.param({"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 128}, id="as-many-key-heads"),
     ],
 )
+
+
+@SHAPES
 def test_other_shapes_of_it(tmp_path: Path, config: dict[str, Any]) -> None:
     model = write(tmp_path, num_hidden_layers=4, **config)
     with serving(tmp_path, max_num_batched_tokens=77) as served:
         asks = [Ask(prompt(length), 8) for length in (1, 2, 31, 90, 200)]
         for _ in range(2):
             expect_same(model.reference, asks, served.answer(asks))
+
+
+def weights_of(folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+@SHAPES
+def test_what_transformers_writes_passes_the_check_of_a_folder(tmp_path: Path, config: dict[str, Any]) -> None:
+    write(tmp_path, num_hidden_layers=4, **config)
+    checkpoint = read(tmp_path)
+    assert checkpoint.problems() == ()
+    assert checkpoint.weight_bytes == sum(weight.nbytes for weight in weights_of(tmp_path).values())
 
 
 def test_compiled_it_says_the_same(tmp_path: Path) -> None:
