@@ -248,26 +248,8 @@ class CcaState(nn.Module, AttentionLayerBase):  # type: ignore[misc]
         metadata = get_forward_context().attn_metadata
         if metadata is None:  # vLLM measures its memory
             past.zero_()
-            return
-        steps: Steps = metadata[self.prefix]
-        pages = self._pages()
-        self._write(pages, rows, steps.before)
-        before = torch.where(steps.known, pages[steps.block, steps.row], 0)
-        if steps.after is None:
-            requests = len(before)
-            past[:, :requests] = before.transpose(0, 1).flip(0)
-            past[:, requests:] = 0
-            return
-        for distance, (token, request, column) in enumerate(steps.heads, 1):
-            earlier = past[distance - 1]
-            earlier[:distance] = 0
-            earlier[distance:] = rows[:-distance]
-            earlier[token] = before[request, column]
-        self._write(pages, rows, steps.after)
-
-    @staticmethod
-    def _write(pages: Tensor, rows: Tensor, writes: Writes) -> None:
-        pages[writes.block, writes.row] = rows[: len(writes.block)] if writes.token is None else rows[writes.token]
+        else:
+            move(self._pages(), rows, past, metadata[self.prefix])
 
     def _pages(self) -> Tensor:
         """`[blocks, kept, width]` of this layer, wherever vLLM's layout has put its blocks.
@@ -283,6 +265,34 @@ class CcaState(nn.Module, AttentionLayerBase):  # type: ignore[misc]
         wanted = self.kept * self.width * self.dtype.itemsize
         pages = cache.as_strided((len(cache), wanted), (cache.stride(0), 1))
         return pages.view(self.dtype).unflatten(1, (self.kept, self.width))
+
+
+def move(pages: Tensor, rows: Tensor, past: Tensor, steps: Steps) -> None:
+    """One step of one layer.
+
+    Args:
+        pages: `[blocks, kept, width]` of the layer, read and written.
+        rows: `[T, width]`, see `CcaState.exchange`.
+        past: `[W, T, width]`, filled.
+        steps: What is to be read and written.
+    """
+    _write(pages, rows, steps.before)
+    before = torch.where(steps.known, pages[steps.block, steps.row], 0)
+    if steps.after is None:
+        requests = len(before)
+        past[:, :requests] = before.transpose(0, 1).flip(0)
+        past[:, requests:] = 0
+        return
+    for distance, (token, request, column) in enumerate(steps.heads, 1):
+        earlier = past[distance - 1]
+        earlier[:distance] = 0
+        earlier[distance:] = rows[:-distance]
+        earlier[token] = before[request, column]
+    _write(pages, rows, steps.after)
+
+
+def _write(pages: Tensor, rows: Tensor, writes: Writes) -> None:
+    pages[writes.block, writes.row] = rows[: len(writes.block)] if writes.token is None else rows[writes.token]
 
 
 def _exchange(rows: Tensor, past: Tensor, layer_name: str) -> None:
