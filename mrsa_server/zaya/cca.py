@@ -127,7 +127,7 @@ class CcaAttention(nn.Module):  # type: ignore[misc]  # torch is no typed packag
         for distance in reversed(range(self.grouped_taps)):
             tap = bias
             for at in range(self.depthwise_taps):
-                tap = tap + weight[self.depthwise_taps - 1 - at] * back[distance + at]
+                tap = torch.addcmul(tap, weight[self.depthwise_taps - 1 - at], back[distance + at])
             taps.append(tap.to(dtype).view(count, -1, self.head_dim))
         mixed = torch.bmm(torch.cat(taps, dim=-1).transpose(0, 1), self.grouped).transpose(0, 1).float()
         mixed = mixed + self.grouped_bias.float().view(-1, self.head_dim)

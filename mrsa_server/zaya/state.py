@@ -113,7 +113,6 @@ class StepsBuilder(AttentionMetadataBuilder):  # type: ignore[misc]  # vLLM is n
             at = (column + 1) * self.block_size - 1 - last if ends else end[request] - 1 - last
             live = (at >= first[request]) & (at < end[request])
             if not ends:
-                live &= at % self.block_size < self.block_size - self.window
                 column = at.clamp(min=0) // self.block_size
             own = table[request, column.clamp(max=table.shape[1] - 1)]
             token = start[request] + torch.where(live, at - first[request], 0)
