@@ -111,6 +111,8 @@ def read(folder: Path) -> Checkpoint:
         raise NotZaya(f"{folder} holds {architectures}, not {ARCHITECTURE}")
     if not tensors:
         raise NotZaya(f"{folder} holds no weights (*.safetensors)")
+    if any(".zaya_block." in name for name in tensors):
+        raise NotZaya(f"{folder} is laid out for Zyphra's own fork of vLLM, not as transformers 5.16 and later do")
     full = {**_DEFAULTS, **config}
     for name, value in _DEFAULTS.items():
         if type(full[name]) is not type(value):

@@ -124,16 +124,44 @@ class Served:
             step += 1
         return [said[name] for name, _ in sorted(names, key=lambda pair: pair[1])]
 
+    def close(self) -> None:
+        with warnings.catch_warnings(action="ignore"):
+            self.engine.engine_core.shutdown()
+            del self.engine
+            gc.collect()
+
+
+class Shared:
+    """The one engine that tests hand on: where one in this process ends, all that are up lose their groups of ranks."""
+
+    def __init__(self) -> None:
+        self._up: tuple[str, Served] | None = None
+
+    def take(self, name: str, folder: Path, **extra: Any) -> Served:
+        """The engine of that name, started if it is not the one that is up."""
+        if self._up is None or self._up[0] != name:
+            self.end()
+            with warnings.catch_warnings(action="ignore"):
+                self._up = name, Served(folder, **extra)
+        return self._up[1]
+
+    def end(self) -> None:
+        if self._up is not None:
+            self._up[1].close()
+            self._up = None
+
+
+SHARED = Shared()
+
 
 @contextmanager
 def serving(folder: Path, **extra: Any) -> Iterator[Served]:
-    """Start and stop. What torch and vLLM warn of and leave open is theirs."""
+    """Start and stop one. What torch and vLLM warn of and leave open is theirs."""
+    SHARED.end()
     with warnings.catch_warnings(action="ignore"):
         served = Served(folder, **extra)
         yield served
-        served.engine.engine_core.shutdown()
-        del served.engine
-        gc.collect()
+    served.close()
 
 
 def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
@@ -175,18 +203,22 @@ def write(folder: Path, **config: Any) -> Tiny:
         return Tiny(folder, write_tiny_zaya(folder, **config))
 
 
-@pytest.fixture(scope="module")
-def wide(tiny: Tiny) -> Iterator[Served]:
+@pytest.fixture(scope="module", autouse=True)
+def ended() -> Iterator[None]:
+    yield
+    SHARED.end()
+
+
+@pytest.fixture
+def wide(tiny: Tiny) -> Served:
     """Room for all at once."""
-    with serving(tiny.folder) as served:
-        yield served
+    return SHARED.take("wide", tiny.folder)
 
 
-@pytest.fixture(scope="module")
-def narrow(tiny: Tiny) -> Iterator[Served]:
+@pytest.fixture
+def narrow(tiny: Tiny) -> Served:
     """19 tokens a step: prompts come in chunks that fit nothing, between tokens of others."""
-    with serving(tiny.folder, max_num_batched_tokens=19, max_num_seqs=6) as served:
-        yield served
+    return SHARED.take("narrow", tiny.folder, max_num_batched_tokens=19, max_num_seqs=6)
 
 
 LENGTHS = (1, 2, 3, 5, 17, 30, 31, 32, 33, 34, 63, 64, 65, 90, 200, 300)

@@ -59,6 +59,12 @@ def test_what_is_wrong_is_named(
     assert said in capsys.readouterr().err
 
 
+def test_the_layout_of_the_fork_is_told_apart(tmp_path: Path) -> None:
+    write_headers(tmp_path, shapes={"model.layers.1.zaya_block.router.down_proj.weight": (4, 16)})
+    with pytest.raises(NotZaya, match="fork"):
+        read(tmp_path)
+
+
 def test_experts_in_a_layout_of_their_own_are_left_to_vllm(tmp_path: Path) -> None:
     config = {**SMALL, "quantization_config": {"quant_method": "fp8"}}
     shapes = {name: shape for name, shape in expected(config) if ".mlp.experts." not in name}
