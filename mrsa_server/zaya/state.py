@@ -231,6 +231,7 @@ class CcaState(nn.Module, AttentionLayerBase):  # type: ignore[misc]
         a_token = spec.page_size_bytes // spec.block_size
         least = max(-(-self.kept * row // a_token), self.kept)
         if spec.block_size < least:
+            least = -(-least // 16) * 16  # what attention takes everywhere
             raise ValueError(
                 f"a KV cache block of {spec.block_size} tokens ({spec.page_size_bytes} bytes) cannot hold the CCA "
                 f"state of {self.kept} tokens ({self.kept * row} bytes): --block-size {least} or more"

@@ -289,6 +289,24 @@ def test_chunks_of_any_size(tiny: Tiny, tokens: int) -> None:
         expect_same(tiny.reference, asks, served.answer(asks))
 
 
+@pytest.mark.parametrize(
+    ("extra", "cached"),
+    [
+        pytest.param({"enable_prefix_caching": False}, [0, 0, 0], id="no-prefix-cache"),
+        pytest.param({"disable_hybrid_kv_cache_manager": True}, [0, 32, 192], id="one-group-of-all-layers"),
+        pytest.param({"prefix_cache_retention_interval": 128}, [0, 32, 192], id="kept-every-128-tokens"),
+        pytest.param({"block_size": 64}, [0, 0, 192], id="larger-blocks"),
+    ],
+)
+def test_however_the_cache_is_kept(tiny: Tiny, extra: dict[str, Any], cached: list[int]) -> None:
+    with serving(tiny.folder, max_num_batched_tokens=77, **extra) as served:
+        asks = [Ask(prompt(length), 8) for length in (1, 64, 200)]
+        expect_same(tiny.reference, asks, served.answer(asks))
+        said = served.answer(asks)
+        assert [answer.cached_tokens for answer in said] == cached
+        expect_same(tiny.reference, asks, said)
+
+
 def test_preempted_requests_go_on_as_if_nothing_had_been(tiny: Tiny) -> None:
     with serving(tiny.folder, num_gpu_blocks_override=18, max_model_len=256) as served:
         preempted: list[str] = []

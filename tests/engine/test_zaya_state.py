@@ -176,3 +176,24 @@ def test_a_step_writes_no_more_rows_than_it_has_to(length: int) -> None:
     written = len(steps.before.block) + (len(steps.after.block) if steps.after else 0)
     # Two at the end of each block that it may touch, and three where it stands.
     assert written == (1 if length == 1 else 2 * (300 // 16 + 2) + 3)
+
+
+@pytest.mark.parametrize(
+    ("page_dtype", "block_size", "drafts", "least"),
+    [("bfloat16", 16, 0, None), ("bfloat16", 16, 1, 32), ("uint8", 16, 0, 32), ("uint8", 32, 0, None)],
+)
+def test_blocks_hold_the_state_of_the_real_model_or_say_how_large_they_must_be(
+    page_dtype: str, block_size: int, drafts: int, least: int | None
+) -> None:
+    import torch
+
+    from mrsa_server.zaya.state import CcaState
+
+    layer = SimpleNamespace(width=1536, window=2, kept=5 + drafts, num_kv_heads=2, head_dim=128, dtype=torch.bfloat16)
+    layer.page_dtype = getattr(torch, page_dtype)
+    config = SimpleNamespace(cache_config=SimpleNamespace(block_size=block_size))
+    if least is None:
+        assert CcaState.get_kv_cache_spec(layer, config).sliding_window == 3
+    else:
+        with pytest.raises(ValueError, match=f"--block-size {least} or more"):
+            CcaState.get_kv_cache_spec(layer, config)
