@@ -297,8 +297,8 @@ class _Vllm:
 def _keep_states(config: CacheConfig) -> None:
     """Have the state of ZAYA1 kept at every so many tokens of a prefix, so that what shares a part of it finds it.
 
-    From 0.28 or so vLLM keeps it at the ends of prompts alone, and at a place where two parted once it has seen them
-    part; what an aggregation shares ends where it pleases. Before that it was kept at every block.
+    By itself vLLM 0.32 keeps it at the ends of prompts alone, and where two parted once it has seen them part; what an
+    aggregation shares ends where it pleases. 0.26 keeps it at every block and cannot be told otherwise.
     """
     if hasattr(config, _INTERVAL):
         block = config.block_size or 1

@@ -103,7 +103,7 @@ class ZayaForCausalLM(nn.Module, SupportsQuant):  # type: ignore[misc]
     """The model as vLLM's registry knows it."""
 
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
-        "qkv_proj": ["q_proj", "k_proj", "v_proj_current", "v_proj_delayed"]
+        "qkv_proj": [f"qkv_proj.{part}" for part in ("q_proj", "k_proj", "v_proj_current", "v_proj_delayed")]
     }
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
