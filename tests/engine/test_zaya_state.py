@@ -156,6 +156,29 @@ def test_a_sequence_that_does_not_move_is_not_touched() -> None:
     assert not set(changed) & set(still.blocks)
 
 
+def test_steps_of_one_token_each_lie_where_a_cuda_graph_reads_them() -> None:
+    """Those of fewer requests in the beginning of the same memory, what is beyond the batch without effect."""
+    import torch
+
+    memory = Memory(window=2, drafts=0, block_size=8)
+    found = []
+    for requests, padding in ((3, 0), (1, 2)):
+        start = torch.arange(requests + padding + 1, dtype=torch.int32).clamp(max=requests)
+        batch = SimpleNamespace(
+            num_reqs=requests + padding,
+            query_start_loc=start,
+            query_start_loc_cpu=start,
+            seq_lens=torch.tensor([9] * requests + [0] * padding, dtype=torch.int32),
+            block_table_tensor=torch.tensor([[5, 6]] * (requests + padding), dtype=torch.int32),
+            max_query_len=1,
+        )
+        steps = memory.builder.build(0, batch)
+        found.append([part.data_ptr() for part in (steps.before.block, steps.before.row, steps.block, steps.row)])
+        assert steps.before.block.tolist() == [6] * requests + [0] * padding
+        assert steps.known.squeeze(-1).any(1).tolist() == [True] * requests + [False] * padding
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("length", [1, 300])
 def test_a_step_writes_no_more_rows_than_it_has_to(length: int) -> None:
     import torch
