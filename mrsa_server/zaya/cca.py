@@ -84,7 +84,7 @@ class CcaAttention(nn.Module):  # type: ignore[misc]  # torch is no typed packag
         # `[heads, taps * channels in, channels out]`, the latest token last.
         self.grouped = _parameter(heads, self.grouped_taps * self.head_dim, self.head_dim, load=self._load_grouped)
         self.grouped_bias = _parameter(self.mixed, load=self._load_channels)
-        self.temperature = _parameter(self.num_kv_heads, load=self._load_temperature)
+        self.temperature = _parameter(self.num_kv_heads, load=self._load_temperature, dtype=torch.float32)
         self._rank, self._total_heads = rank, config.num_attention_heads
 
         layer_type = config.layer_types[layer_index]
@@ -139,7 +139,7 @@ class CcaAttention(nn.Module):  # type: ignore[misc]  # torch is no typed packag
         key = mixed[:, self.num_heads :] + mean.mean(dim=2)
         floor = torch.finfo(dtype).eps
         query = self._unit(query, floor)
-        key = self._unit(key, floor) * self.temperature.float()[:, None]
+        key = self._unit(key, floor) * self.temperature[:, None]
         return query.to(dtype).reshape(count, -1), key.to(dtype).reshape(count, -1)
 
     def _unit(self, heads: Tensor, floor: float) -> Tensor:
@@ -175,8 +175,8 @@ class CcaAttention(nn.Module):  # type: ignore[misc]  # torch is no typed packag
         _copy(parameter, loaded.narrow(0, self._rank * self.num_kv_heads, self.num_kv_heads))
 
 
-def _parameter(*shape: int, load: Any) -> nn.Parameter:
-    parameter = nn.Parameter(torch.empty(shape), requires_grad=False)
+def _parameter(*shape: int, load: Any, dtype: Any = None) -> nn.Parameter:
+    parameter = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
     parameter.weight_loader = load
     return parameter
 

@@ -34,10 +34,10 @@ class ResidualScaling(nn.Module):  # type: ignore[misc]  # torch is no typed pac
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.hidden_states_scale = nn.Parameter(torch.empty(width))
-        self.hidden_states_bias = nn.Parameter(torch.empty(width))
-        self.residual_scale = nn.Parameter(torch.empty(width))
-        self.residual_bias = nn.Parameter(torch.empty(width))
+        self.hidden_states_scale = _vector(width)
+        self.hidden_states_bias = _vector(width)
+        self.residual_scale = _vector(width)
+        self.residual_bias = _vector(width)
 
     def forward(self, output: Tensor, residual: Tensor) -> Tensor:
         output = (output.float() + self.hidden_states_bias) * self.hidden_states_scale
@@ -73,8 +73,8 @@ class ZayaModel(nn.Module):  # type: ignore[misc]
         super().__init__()
         config = vllm_config.model_config.hf_config
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
-        self.input_hidden_states_scale = nn.Parameter(torch.empty(config.hidden_size))
-        self.input_hidden_states_bias = nn.Parameter(torch.empty(config.hidden_size))
+        self.input_hidden_states_scale = _vector(config.hidden_size)
+        self.input_hidden_states_bias = _vector(config.hidden_size)
         layers = (Layer(vllm_config, at, f"{prefix}.layers.{at}") for at in range(config.num_hidden_layers))
         self.layers = nn.ModuleList(layers)
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
@@ -173,6 +173,11 @@ class ZayaForCausalLM(nn.Module, SupportsQuant):  # type: ignore[misc]
         if halves:
             raise ValueError(f"half of the values is missing for {', '.join(sorted(halves))}")
         return loaded
+
+
+def _vector(width: int) -> nn.Parameter:
+    """In float32 like the residual that it scales, whatever the model is in."""
+    return nn.Parameter(torch.empty(width, dtype=torch.float32))
 
 
 def _renamed(name: str) -> str:

@@ -88,7 +88,7 @@ class StepsBuilder(AttentionMetadataBuilder):  # type: ignore[misc]  # vLLM is n
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False, **_: object) -> Steps:
         batch = common_attn_metadata
         requests = batch.num_reqs
-        table = batch.block_table_tensor[:requests].long()
+        table = batch.block_table_tensor[:requests]
         start = batch.query_start_loc[: requests + 1].long()
         length = start.diff()  # 0 where a CUDA graph is wider than the batch
         end = batch.seq_lens[:requests].long()
@@ -96,35 +96,32 @@ class StepsBuilder(AttentionMetadataBuilder):  # type: ignore[misc]  # vLLM is n
         back = first[:, None] + torch.arange(-self.window, 0, device=first.device)
         known = (back >= 0) & (length > 0)[:, None]
         back = back.clamp(min=0)
-        block = torch.where(known, table.gather(1, back // self.block_size), 0)
+        block = torch.where(known, table.gather(1, back // self.block_size), 0).long()
         if batch.max_query_len == 1:
             at = (end - 1).clamp(min=0)
             own = table.gather(1, (at // self.block_size)[:, None])[:, 0]
-            return self._one_token_each(
-                torch.where(length > 0, own, 0), self._rows(at), block, self._rows(back), known[..., None]
-            )
+            own = torch.where(length > 0, own, 0).long()
+            return self._one_token_each(own, self._rows(at), block, self._rows(back), known[..., None])
+
+        def writes(request: Tensor, position: Tensor) -> Writes:
+            live = (position >= first[request]) & (position < end[request])
+            at = position.clamp(min=0)
+            column = (at // self.block_size).clamp(max=table.shape[1] - 1)
+            token = start[request] + torch.where(live, position - first[request], 0)
+            return Writes(torch.where(live, table[request, column], 0).long(), self._rows(at), token)
+
         lengths = np.diff(batch.query_start_loc_cpu[: requests + 1].numpy())
         # How a request lies in its blocks is known on the device alone: these are the most that it may touch.
         blocks = np.where(lengths > 0, (lengths + self.block_size - 2) // self.block_size + 1, 0)
-
-        def writes(counts: np.ndarray, each: np.ndarray, ends: bool) -> Writes:
-            request, ordinal, last = (self._to_device(part) for part in _numbered(counts, each))
-            column = first[request] // self.block_size + ordinal if ends else (end[request] - 1) // self.block_size
-            at = (column + 1) * self.block_size - 1 - last if ends else end[request] - 1 - last
-            live = (at >= first[request]) & (at < end[request])
-            if not ends:
-                column = at.clamp(min=0) // self.block_size
-            own = table[request, column.clamp(max=table.shape[1] - 1)]
-            token = start[request] + torch.where(live, at - first[request], 0)
-            return Writes(torch.where(live, own, 0), self._rows(at.clamp(min=0)), token)
-
+        of_end, ordinal, from_end = self._numbered(blocks, np.full_like(lengths, self.window))
+        of_ring, _, from_last = self._numbered(np.minimum(lengths, 1), np.minimum(lengths, self.ring))
         return Steps(
-            writes(blocks, np.full_like(lengths, self.window), ends=True),
+            writes(of_end, (first[of_end] // self.block_size + ordinal + 1) * self.block_size - 1 - from_end),
             block,
             self._rows(back),
             known[..., None],
             tuple(self._head(distance, lengths, start) for distance in range(1, self.window + 1)),
-            writes(np.minimum(lengths, 1), np.minimum(lengths, self.ring), ends=False),
+            writes(of_ring, end[of_ring] - 1 - from_last),
         )
 
     def _one_token_each(self, own: Tensor, at: Tensor, block: Tensor, row: Tensor, known: Tensor) -> Steps:
@@ -144,19 +141,19 @@ class StepsBuilder(AttentionMetadataBuilder):  # type: ignore[misc]  # vLLM is n
         request, place = self._to_device(requests), self._to_device(places)
         return start[request] + place, request, place + self.window - distance
 
+    def _numbered(self, counts: np.ndarray, each: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """For each request `counts` times `each` items: the request, which of its counts, which of the each."""
+        items = counts * each
+        request = np.repeat(np.arange(len(items)), items)
+        number = np.arange(items.sum()) - np.repeat(np.cumsum(items) - items, items)
+        ordinal, which = np.divmod(number, each[request])
+        return self._to_device(request), self._to_device(ordinal), self._to_device(which)
+
     def _to_device(self, values: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(values.astype(np.int64, copy=False))
         if self.device.type == "cpu":
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
-
-
-def _numbered(counts: np.ndarray, each: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each request `counts` times `each` items: the request, which of its counts, which of the each."""
-    items = counts * each
-    request = np.repeat(np.arange(len(items)), items)
-    number = np.arange(items.sum()) - np.repeat(np.cumsum(items) - items, items)
-    return request, number // each[request], number % each[request]
 
 
 class StateBackend(AttentionBackend):  # type: ignore[misc]
