@@ -22,13 +22,17 @@ class Stopped(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RunStarted:
-    """A run was asked for. `templates` is the digest of the prompts that it uses."""
+    """A run was asked for. `templates` is the digest of the prompts that it uses.
+
+    `notes` are for whoever serves the run, and nothing is made of them here.
+    """
 
     run_id: str
     problem: Problem
     params: Params
     templates: str
     priority: int = 0
+    notes: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True)

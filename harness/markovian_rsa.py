@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from harness.budget import check_budget, floor_tokens, grant
 from harness.events import (
@@ -167,8 +168,12 @@ class State:
         """The rollouts whose tails a rollout reads."""
         if slot.round == 0:
             return ()
-        before = self.source if slot.round == self.params.rounds else slot.round - 1
+        before = self.before(slot)
         return tuple(Slot(before, member) for member in self.sets[slot.round - 1][slot.index])
+
+    def before(self, slot: Slot) -> int:
+        """The round that a rollout of an aggregation round reads."""
+        return self.source if slot.round == self.params.rounds else slot.round - 1
 
     def ended(self, slot: Slot) -> bool:
         """Whether a rollout has ended, one way or the other."""
@@ -179,7 +184,9 @@ class State:
         return slot in self.rollouts and bool(self.rollouts[slot].tail)
 
 
-def init(run_id: str, problem: Problem, params: Params, templates: Templates, priority: int = 0) -> State:
+def init(
+    run_id: str, problem: Problem, params: Params, templates: Templates, priority: int = 0, notes: str = ""
+) -> State:
     """A run before its first token.
 
     Args:
@@ -188,6 +195,7 @@ def init(run_id: str, problem: Problem, params: Params, templates: Templates, pr
         params: The parameters.
         templates: The wording.
         priority: Passed to the engine; lower first.
+        notes: Kept in its log, for whoever serves it.
 
     Raises:
         BudgetTooSmall: If `params.budget_tokens` cannot pay the run, with the figure that can.
@@ -199,7 +207,7 @@ def init(run_id: str, problem: Problem, params: Params, templates: Templates, pr
             raise InvalidParams(
                 name, "cannot be combined with what binds the last answer alone (stop, tools, a format, a length)"
             )
-    return _begin(RunStarted(run_id, problem, params, templates.digest, priority), templates)
+    return _begin(RunStarted(run_id, problem, params, templates.digest, priority, notes), templates)
 
 
 def _begin(started: RunStarted, templates: Templates) -> State:
@@ -254,7 +262,7 @@ def _shortcut(state: State) -> Event | None:
     return None if params.quorum is None else _quorum(state, params.quorum)
 
 
-def _answer(state: State, slot: Slot) -> str | None:
+def answer_of(state: State, slot: Slot) -> str | None:
     """What a rollout answers, if it wrote its answer to the end."""
     rollout = state.rollouts.get(slot)
     return extract_answer(rollout.answer) if rollout is not None and rollout.finish is Finish.STOP else None
@@ -264,7 +272,7 @@ def _agreed(state: State, round: int, agreement: Agreement) -> AnswersAgreed | N
     ended = tuple(slot for slot in sorted(state.rollouts) if slot.round == round and slot not in state.shortcuts)
     if len(ended) < agreement.min_votes:
         return None
-    found = agreeing([_answer(state, slot) for slot in ended], agreement)
+    found = agreeing([answer_of(state, slot) for slot in ended], agreement)
     return AnswersAgreed(tuple(ended[index] for index in found), len(ended)) if found else None
 
 
@@ -276,7 +284,7 @@ def _skippable(state: State, slot: Slot) -> Slot | None:
     inputs = state.inputs(slot)
     if len(inputs) < 2:
         return None
-    groups = group_by_text([_answer(state, source) for source in inputs])
+    groups = group_by_text([answer_of(state, source) for source in inputs])
     return inputs[0] if set(groups) == {0} else None
 
 
@@ -438,19 +446,19 @@ def plan(state: State) -> tuple[RolloutRequest, ...]:
     for slot in sorted(state.ready, key=lambda slot: (-state.descendants[slot], slot)):
         tokens = _grant(state, slot)
         if tokens >= _least(state, slot):
-            request = _request(state, slot, tokens)
+            read = tuple(source.index for source in state.inputs(slot) if state.readable(source))
+            request = _request(state, slot, tokens, read)
             requests.append(request)
             state = apply(state, RolloutStarted(slot, request.members, tokens))
     return tuple(requests)
 
 
-def _request(state: State, slot: Slot, tokens: int) -> RolloutRequest:
+def _request(state: State, slot: Slot, tokens: int, members: tuple[int, ...]) -> RolloutRequest:
     params, problem = state.params, state.problem
     last = slot.round == params.rounds
-    read = tuple(source for source in state.inputs(slot) if state.readable(source))
     messages = problem.messages
-    if read:
-        tails = [state.rollouts[source].tail for source in read]
+    if members:
+        tails = [state.rollouts[Slot(state.before(slot), member)].tail for member in members]
         messages = aggregation_messages(state.templates, problem, tails, params.seed, slot.round)
     sampling = params.sampling
     if last and params.final_temperature is not None:
@@ -464,7 +472,7 @@ def _request(state: State, slot: Slot, tokens: int) -> RolloutRequest:
         sampling=sampling,
         seed=seed_of(params.seed, "rollout", *slot) if sampling.seeded else None,
         priority=state.started.priority * PRIORITIES - min(state.descendants[slot], PRIORITIES - 1),
-        members=tuple(source.index for source in read),
+        members=members,
     )
 
 
@@ -556,23 +564,68 @@ def apply(state: State, event: Event) -> State:
 
 
 def replay(events: Iterable[Event], templates: Templates) -> State:
-    """The state after a log that begins with `RunStarted`.
+    """The state after a log that begins with `RunStarted`, from which the run can go on.
 
     Rollouts that had started and not ended are in `running`: a driver that takes the run up puts a `RunResumed` first.
 
     Raises:
         ValueError: If the log does not begin with `RunStarted`, or was written with another wording.
     """
+    state = fold(events, templates)
+    _check_wording(state.started, templates)
+    return state
+
+
+def fold(events: Iterable[Event], templates: Templates) -> State:
+    """The state after a log, for those who only read it: the wording may be another one by now.
+
+    Raises:
+        ValueError: If the log does not begin with `RunStarted`.
+    """
     log = iter(events)
-    first = next(log, None)
-    if not isinstance(first, RunStarted):
-        raise ValueError("a log begins with RunStarted")
-    if first.templates != templates.digest:
-        raise ValueError(f"the run was started with the prompts {first.templates}, these are {templates.digest}")
-    state = _begin(first, templates)
+    state = _begin(_first(log), templates)
     for event in log:
         state = apply(state, event)
     return state
+
+
+class Retraced(NamedTuple):
+    """What a log says: the state after it, and the request of each rollout that was asked for, the last one of each."""
+
+    state: State
+    requests: Mapping[Slot, RolloutRequest]
+
+
+def retrace(events: Iterable[Event], templates: Templates) -> Retraced:
+    """`replay`, and what the engine was asked for on the way: the requests that `plan` made, in their first order.
+
+    A request follows from the state in which its rollout started, not from the last one: where tokens ran short, the
+    sets of the last round were drawn anew after some of its rollouts had been asked for and lost.
+
+    Raises:
+        ValueError: As `replay`.
+    """
+    log = iter(events)
+    state = _begin(_first(log), templates)
+    _check_wording(state.started, templates)
+    requests: dict[Slot, RolloutRequest] = {}
+    for event in log:
+        if isinstance(event, RolloutStarted):
+            requests[event.slot] = _request(state, event.slot, event.grant, event.members)
+        state = apply(state, event)
+    return Retraced(state, requests)
+
+
+def _first(log: Iterator[Event]) -> RunStarted:
+    first = next(log, None)
+    if not isinstance(first, RunStarted):
+        raise ValueError("a log begins with RunStarted")
+    return first
+
+
+def _check_wording(started: RunStarted, templates: Templates) -> None:
+    if started.templates != templates.digest:
+        raise ValueError(f"the run was started with the prompts {started.templates}, these are {templates.digest}")
 
 
 def _keep(state: State, rollout: Rollout) -> State:

@@ -57,6 +57,15 @@ class Judge(Protocol):
         ...
 
 
+async def judged(judge: Judge, answers: list[str | None]) -> tuple[int, ...]:
+    """Which answers are equal: as texts, where the judge takes too long, since it has other runs' answers to judge."""
+    try:
+        async with asyncio.timeout(_JUDGE_S):
+            return await asyncio.wrap_future(judge.group(answers))
+    except TimeoutError:
+        return group_by_text(answers)
+
+
 @asynccontextmanager
 async def open_run(
     state: State,
@@ -277,11 +286,7 @@ class RunEvents(AsyncIterator[Event | RolloutDelta]):
         if self._now.stopping is Stopped.DEADLINE:  # the judge may take seconds, and there are none left
             groups = group_by_text(answers)
         else:
-            try:
-                async with asyncio.timeout(_JUDGE_S):
-                    groups = await asyncio.wrap_future(self._judge.group(answers))
-            except TimeoutError:  # it has other runs' answers to judge too
-                groups = group_by_text(answers)
+            groups = await judged(self._judge, answers)
         self._voting = None
         self._inbox.put_nowait(AnswersGrouped(candidates, groups))
 

@@ -9,6 +9,8 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from math import isinf
+from typing import TYPE_CHECKING
 
 import structlog
 from fastapi import FastAPI, Request
@@ -19,18 +21,27 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from harness.prompts import load_templates
 from mrsa_server import __version__
-from mrsa_server.api import chat, health, models, responses, runs
+from mrsa_server.api import batches, chat, export, files, health, models, responses, runs
+from mrsa_server.api.asking import AskService
 from mrsa_server.api.errors import NO_RETRY, ApiError, StoreAway, to_response
 from mrsa_server.api.idempotency import Keys
 from mrsa_server.descriptors import Places, current_limit, share_out
 from mrsa_server.engines.build import ServedEngine, build
-from mrsa_server.metrics import Metrics
+from mrsa_server.metrics import Metrics, StoreMetrics
 from mrsa_server.runs.admission import Admission
 from mrsa_server.runs.host import EngineHost
 from mrsa_server.runs.journal import Journal
+from mrsa_server.runs.pulse import Pulse
+from mrsa_server.runs.retention import Keep, forget
 from mrsa_server.runs.runner import Runner
-from mrsa_server.runs.store_errors import StoreUnavailable
-from mrsa_server.settings import Settings
+from mrsa_server.runs.store_errors import StoreError, StoreUnavailable
+from mrsa_server.settings import Settings, usual_state_dir
+
+if TYPE_CHECKING:  # a server without a store loads no database
+    from mrsa_server.runs.batch_keeper import BatchKeeper
+    from mrsa_server.runs.store import RunStore
+
+_DAY_S = 86_400.0
 
 log = structlog.get_logger("mrsa.http")
 
@@ -61,19 +72,34 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
             metrics,
             journal=journal,
             max_runs=settings.max_runs,
+            max_batch_runs=settings.max_batch_runs,
             max_queued=settings.max_queued,
             engine_wait_s=settings.engine_wait_s,
         )
         names = models.ModelNames(host, settings.served_model, int(time.time()))
         keys = Keys(settings.idempotency_keep_s, settings.max_idempotency_keys)
         app.state.metrics, app.state.runner, app.state.models = metrics, runner, names
-        app.state.chat = chat.ChatService(settings, runner, names, templates, keys)
         store = None if journal is None else journal.store
+        routes = {route.kind: route for route in (chat.ROUTE, responses.ROUTE)}
+        kept_here = settings if store is not None else settings.model_copy(update={"state_dir": "none"})
+        asking = app.state.asking = AskService(kept_here, runner, names, templates, keys, routes, store)
+        pulse = app.state.pulse = None if store is None else Pulse(store)
         app.state.runs = runs.RunsService(store, runner, templates, settings.keep_alive_s)
+        app.state.batches, app.state.files = None, files.FilesService(None, 0, 0)
         lives = [asyncio.create_task(host.run(), name="engine")]
         if journal is not None:
+            log.info("runs are stored", store=journal.store.name)
+            journal.store.observer = metrics.store = StoreMetrics(metrics)
             lives.append(asyncio.create_task(journal.keep(), name="leases"))
-            lives.append(asyncio.create_task(runner.adopt(journal, templates), name="runs left behind"))
+            lives.append(asyncio.create_task(forget(journal.store, kept(settings)), name="retention"))
+            adopting = runner.adopt(journal, templates, lambda: names.names, asking.revive)
+            lives.append(asyncio.create_task(adopting, name="runs left behind"))
+            keeper = keep_batches(app, asking, journal.store)
+            lives.append(asyncio.create_task(keeper.run(), name="batches"))
+        for life in lives:
+            life.add_done_callback(_mourn)
+        if journal is None:
+            log.info("runs live in memory")
         try:
             yield
         finally:
@@ -82,6 +108,8 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
             for life in lives:
                 life.cancel()
             await asyncio.wait(lives)
+            if pulse is not None:
+                await pulse.aclose()
             if journal is not None:
                 await journal.store.aclose()
 
@@ -96,6 +124,9 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
     app.include_router(chat.router)
     app.include_router(responses.router)
     app.include_router(runs.router)
+    app.include_router(export.router)
+    app.include_router(files.router)
+    app.include_router(batches.router)
     app.include_router(models.router)
     app.include_router(health.router)
     app.add_exception_handler(ApiError, _api_error)
@@ -106,19 +137,68 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
 
 
 async def open_journal(settings: Settings) -> Journal | None:
-    """Where runs are written down; None where they are not.
+    """Where runs are written down; None where they are not, be it that the usual folder cannot be written.
 
     Raises:
         StoreError: The database cannot be used as it is.
     """
     if settings.store_url is None:
+        if not settings.store_is_asked_for:
+            _warn_of_memory("~/.local/state/mrsa-server", "there is no home directory")
         return None
     from mrsa_server.runs.store import RunStore  # a server without a store loads no database
 
     url, owner = settings.store_url.get_secret_value(), f"{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
-    store = RunStore(url, owner=owner, lease_s=settings.lease_s)
-    await store.open()
+    store = RunStore(url, owner=owner, lease_s=settings.lease_s, keep_traces=settings.keep_traces_days > 0)
+    try:
+        await store.open()
+    except StoreError as error:
+        await store.aclose()
+        if settings.store_is_asked_for or not isinstance(error, StoreUnavailable):
+            raise
+        _warn_of_memory(str(usual_state_dir()), error.reason)
+        return None
     return Journal(store)
+
+
+def _warn_of_memory(folder: str, reason: str) -> None:
+    log.warning(
+        "runs live in memory and end with this server: the usual folder cannot be used; --state-dir DIR names another, "
+        "--state-dir none accepts this",
+        folder=folder,
+        reason=reason,
+    )
+
+
+def _mourn(life: asyncio.Task[None]) -> None:
+    if not life.cancelled() and (error := life.exception()) is not None:
+        log.error("a part of the server broke", part=life.get_name(), exc_info=error)
+
+
+def keep_batches(app: FastAPI, asking: AskService, store: RunStore) -> BatchKeeper:
+    """Files and batches for their routes, and who keeps them."""
+    from mrsa_server.runs.batch_keeper import BatchKeeper  # a server without a store loads no database
+    from mrsa_server.runs.batch_store import BatchStore
+    from mrsa_server.runs.file_store import FileStore
+
+    settings = asking.settings
+    stored, uploaded = BatchStore(store), FileStore(store)
+    keeper = BatchKeeper(store, stored, uploaded, batches.requests_of(asking), asking.runner.wake)
+    app.state.files = files.FilesService(uploaded, settings.max_file_bytes, settings.body_timeout_s)
+    app.state.batches = batches.BatchesService(
+        stored, uploaded, keeper.wake, settings.body_timeout_s, settings.max_body_bytes
+    )
+    return keeper
+
+
+def kept(settings: Settings) -> Keep:
+    """How long what is stored is kept."""
+    runs, traces = (_DAY_S * days for days in (settings.keep_runs_days, settings.keep_traces_days))
+    return Keep(
+        runs_s=None if isinf(runs) else runs,
+        traces_s=None if isinf(traces) else traces,
+        keys_s=settings.idempotency_keep_s,
+    )
 
 
 def places(settings: Settings) -> Places:

@@ -27,7 +27,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from mrsa_server.client import base_url, message_of
+from mrsa_server.client import base_url, lines, message_of
 from mrsa_server.settings import Effort
 
 _START_S = 600.0  # a first start converts the model
@@ -138,6 +138,7 @@ def _server(arguments: argparse.Namespace, console: Console) -> Iterator[tuple[s
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "mrsa_server", "serve", "--engine", "embedded", "--port", str(port)]
+    command += ["--state-dir", "none"]  # nobody comes back to this server, and it is to go on with no other's runs
     # What the environment says of servers is about another one.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MRSA_") or name == _CACHE}
     process = subprocess.Popen(
@@ -235,10 +236,10 @@ def _chunks(client: httpx.Client, body: dict[str, object]) -> Iterator[dict[str,
             if response.status_code != 200:
                 response.read()
                 raise AskFailed(message_of(response))
-            for line in response.iter_lines():
-                if line == "data: [DONE]":
+            for line in lines(response):
+                if line == b"data: [DONE]":
                     return
-                if line.startswith("data: "):
+                if line.startswith(b"data: "):
                     chunk = orjson.loads(line[6:])
                     if "error" in chunk:
                         raise AskFailed(chunk["error"]["message"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import httpx
 
 USUAL_URL = "http://127.0.0.1:8000"
@@ -19,3 +21,13 @@ def message_of(response: httpx.Response) -> str:
         return str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return f"HTTP {response.status_code}: {response.text[:300]}"
+
+
+def lines(response: httpx.Response) -> Iterator[bytes]:
+    """The lines of a stream. Not httpx's: that ends a line at what a model may write within one, such as U+2028."""
+    rest = b""
+    for part in response.iter_bytes():
+        *whole, rest = (rest + part).split(b"\n")
+        yield from whole
+    if rest:
+        yield rest

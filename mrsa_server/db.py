@@ -22,7 +22,7 @@ _BEHIND = 1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to do, and the one setting of it that is no secret."""
-    parser.epilog = "The database is that of MRSA_DATABASE_URL, or the SQLite file in --state-dir."
+    parser.epilog = "The database is that of MRSA_DATABASE_URL, or the SQLite file in --state-dir or the usual folder."
     parser.add_argument(
         "action",
         choices=("upgrade", "current"),
@@ -65,6 +65,6 @@ async def _act(database: Database, action: str) -> int:
         current = await database.current()
     finally:
         await database.aclose()
-    head = migrations.head()
+    head = migrations.HEAD
     print(f"{database.name}: {current or 'no tables'}" + ("" if current == head else f", this version needs {head}"))
     return 0 if current == head else _BEHIND

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mrsa_server.client import base_url, message_of
+from mrsa_server.client import base_url, lines, message_of
 
 _TRIES = 30  # to come back to a stream that was cut
 _PAUSE_S = 1.0
@@ -37,12 +37,13 @@ class Refused(Exception):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `mrsa runs`."""
     parser.description = (
-        "The runs that a server has stored; it stores them where it was started with --state-dir or MRSA_DATABASE_URL."
+        "The runs that a server has stored: in a file of its own, or where --state-dir or MRSA_DATABASE_URL said."
     )
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     listing = _action(actions, "list", "the newest runs", _list)
     listing.add_argument("--status", help="only these, such as queued,running or finished")
     listing.add_argument("--model", help="only of this model")
+    listing.add_argument("--batch", metavar="BATCH", help="only those of this batch")
     listing.add_argument("--limit", type=int, default=20, metavar="N", help="most runs (default: 20)")
     for name, summary, act in (
         ("show", "one run: rounds, rollouts, answers, usage", _show),
@@ -102,8 +103,8 @@ def _list(client: httpx.Client, arguments: argparse.Namespace) -> int:
     after: str | None = None
     while len(found) < arguments.limit:
         limit = min(100, arguments.limit - len(found))
-        query = {"status": arguments.status, "model": arguments.model, "limit": limit, "after": after}
-        page = _get(client, "/v1/runs", **query).json()
+        query = {"status": arguments.status, "model": arguments.model, "batch": arguments.batch}
+        page = _get(client, "/v1/runs", **query, limit=limit, after=after).json()
         found += page["data"]
         if not page["has_more"]:
             break
@@ -182,8 +183,8 @@ def _events(client: httpx.Client, run_id: str) -> Iterator[dict[str, Any]]:
                 if response.status_code not in (200, 503):
                     response.read()
                     raise Refused(message_of(response))
-                for line in response.iter_lines():
-                    if line.startswith("data: ") and "number" in (event := orjson.loads(line[6:])):
+                for line in lines(response):
+                    if line.startswith(b"data: ") and "number" in (event := orjson.loads(line[6:])):
                         after, tries = event["number"], 0
                         yield event
         except httpx.TransportError:

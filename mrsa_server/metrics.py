@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from harness.types import Usage
 
+# A checkpoint takes some milliseconds; whoever waits for a lock or a lost database gives up after ten seconds.
+_STORE_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 # A plain answer takes a second, a run at the highest effort an hour.
 _SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 3600)
 
 RunStatus = Literal["finished", "stopped", "failed", "cancelled", "refused"]
+StoreOperation = Literal["write", "read", "renew", "claim", "prune", "other"]
 Rejection = Literal["overloaded", "shutting_down", "connections"]
 
 
@@ -20,6 +23,7 @@ class Metrics:
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
+        self.store: StoreMetrics | None = None
         ProcessCollector(registry=registry)
         self.queued = Gauge("mrsa_runs_queued", "Runs that wait for a place", registry=registry)
         self.running = Gauge("mrsa_runs_running", "Runs in flight", registry=registry)
@@ -90,3 +94,43 @@ class Metrics:
     def text(self) -> bytes:
         """All of it in Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+class StoreMetrics:
+    """What the store of a server does; only where there is one. It is the store's `Observer`.
+
+    Args:
+        metrics: Those of the server.
+    """
+
+    def __init__(self, metrics: Metrics) -> None:
+        seconds = Histogram(
+            "mrsa_store_seconds",
+            "Seconds of a call of the store, the wait for a connection in it",
+            ["operation"],
+            buckets=_STORE_SECONDS,
+            registry=metrics.registry,
+        )
+        self._seconds = {name: seconds.labels(name) for name in get_args(StoreOperation)}
+        self._takeovers = Counter(
+            "mrsa_lease_takeovers",
+            "Runs taken up that a server had lost or left behind",
+            registry=metrics.registry,
+        )
+        self._fenced = Counter(
+            "mrsa_fenced_writes", "Writes to runs that another server has by now", registry=metrics.registry
+        )
+
+        self.up = Gauge("mrsa_store_up", "Whether the store answers", registry=metrics.registry)
+
+    def store_call(self, operation: StoreOperation, seconds: float) -> None:
+        """A call has ended."""
+        self._seconds[operation].observe(seconds)
+
+    def takeovers(self, runs: int) -> None:
+        """Runs of a lost owner were taken."""
+        self._takeovers.inc(runs)
+
+    def fenced(self, writes: int) -> None:
+        """Writes were refused."""
+        self._fenced.inc(writes)

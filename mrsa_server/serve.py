@@ -87,8 +87,10 @@ def run(arguments: argparse.Namespace) -> int:
     parser = argparse.ArgumentParser(prog="mrsa serve", usage="mrsa serve [flags]; see mrsa serve --help")
     settings = read_settings(vars(arguments), parser)
     logs.configure(settings.log_level, settings.log_format)
-    if (trouble := asyncio.run(_trouble(settings))) is not None:
-        print(f"mrsa serve: {trouble}", file=sys.stderr)
+    try:
+        settings = asyncio.run(_with_store(settings))
+    except (ValueError, StoreError) as error:  # the former of a URL that cannot be read
+        print(f"mrsa serve: {error}", file=sys.stderr)
         return _FAILED
     raise_limit()
     room = places(settings)
@@ -118,15 +120,17 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-async def _trouble(settings: Settings) -> str | None:
-    """Why the store cannot be used, told before the server starts; None where it can, or where there is none."""
-    try:
-        journal = await open_journal(settings)
-    except (ValueError, StoreError) as error:  # the former of a URL that cannot be read
-        return str(error)
-    if journal is not None:
-        await journal.store.aclose()
-    return None
+async def _with_store(settings: Settings) -> Settings:
+    """The settings with a store that was found good before the server starts, or without one.
+
+    Raises:
+        StoreError: It cannot be used.
+    """
+    journal = await open_journal(settings)
+    if journal is None:
+        return settings.model_copy(update={"state_dir": "none"})
+    await journal.store.aclose()
+    return settings
 
 
 class Unpipelined(HttpToolsProtocol):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
@@ -35,6 +36,17 @@ _LOGS = "logs"
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+
+
+def usual_state_dir() -> Path | None:
+    """Where state belongs by the XDG Base Directory specification; None for a user without a home."""
+    given = Path(os.environ.get("XDG_STATE_HOME", ""))
+    if given.is_absolute():
+        return given / "mrsa-server"
+    try:
+        return Path.home() / ".local" / "state" / "mrsa-server"
+    except RuntimeError:
+        return None
 
 
 class Settings(BaseSettings):
@@ -106,16 +118,27 @@ class Settings(BaseSettings):
         20.0, ge=0, title=_SERVER, description="seconds that runs in flight get to end after SIGTERM"
     )
 
-    state_dir: Path | None = Field(
+    state_dir: Path | Literal["none"] | None = Field(
         None,
         title=_SERVER,
-        description="folder of a SQLite file in which runs outlive the server; without it, and without "
-        "MRSA_DATABASE_URL, they live in memory",
+        description="folder of a SQLite file in which runs outlive the server, unless MRSA_DATABASE_URL is set; "
+        "`none` keeps them in memory. By default $XDG_STATE_HOME/mrsa-server or ~/.local/state/mrsa-server, and memory "
+        "where that cannot be written",
     )
     lease_s: Seconds = Field(
         10.0,
         title=_SERVER,
         description="seconds after which a server that is silent has lost its runs to the next that shares the store",
+    )
+    keep_runs_days: float = Field(
+        30.0, gt=0, title=_SERVER, description="days for which runs are kept after their end; inf keeps them for ever"
+    )
+    keep_traces_days: float = Field(
+        7.0,
+        ge=0,
+        title=_SERVER,
+        description="the same of all that their rollouts wrote, which is the most of it; 0 stores none of that, and "
+        "runs go on over a crash all the same",
     )
     database_url: SecretStr | None = Field(
         None, description="where runs outlive the server, of several replicas: postgresql+asyncpg://USER@HOST/NAME"
@@ -156,7 +179,11 @@ class Settings(BaseSettings):
     # Tokens bound the work, so this bounds memory alone: at its end a `medium` run holds 2 MB, one of `max` 11.
     max_runs: Count = Field(1024, title=_LIMITS, description="runs in flight; more wait")
     max_queued: int = Field(1024, ge=0, title=_LIMITS, description="runs that may wait; more are a 503")
+    max_batch_runs: Count = Field(
+        256, title=_LIMITS, description="runs of batches in flight, beside those of --max-runs; more wait in the store"
+    )
     max_body_bytes: Count = Field(8 * 2**20, title=_LIMITS, description="largest request body")
+    max_file_bytes: Count = Field(100 * 2**20, title=_LIMITS, description="largest file that can be uploaded")
     body_timeout_s: Seconds = Field(30.0, title=_LIMITS, description="seconds within which a body must have arrived")
     max_population: Count = Field(64, title=_LIMITS, description="largest population")
     max_rounds: Count = Field(32, title=_LIMITS, description="most aggregation rounds")
@@ -171,7 +198,7 @@ class Settings(BaseSettings):
         description="longest worst case in seconds of a run that is not streamed; the SDKs give up at 600",
     )
     idempotency_keep_s: Seconds = Field(
-        600.0, title=_LIMITS, description="seconds for which an ended run answers to its Idempotency-Key"
+        86_400.0, title=_LIMITS, description="seconds for which an ended run answers to its Idempotency-Key"
     )
     max_idempotency_keys: Count = Field(
         256, title=_LIMITS, description="ended runs that are kept for their Idempotency-Key"
@@ -185,9 +212,17 @@ class Settings(BaseSettings):
     @property
     def store_url(self) -> SecretStr | None:
         """Where runs are stored; None where they live in memory."""
-        if self.database_url is not None or self.state_dir is None:
+        if self.database_url is not None:
             return self.database_url
-        return SecretStr(f"sqlite+aiosqlite:///{self.state_dir.absolute() / 'runs.db'}")
+        folder = usual_state_dir() if self.state_dir is None else self.state_dir
+        if folder is None or folder == "none":
+            return None
+        return SecretStr(f"sqlite:///{Path(folder).absolute() / 'runs.db'}")
+
+    @property
+    def store_is_asked_for(self) -> bool:
+        """Whether somebody said where runs are to be stored; else a server without a store will do."""
+        return self.database_url is not None or self.state_dir is not None
 
     @property
     def usual_effort(self) -> Effort:

@@ -7,6 +7,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
+import orjson
+
 from harness.engine import Engine, EngineDead, EngineError
 from harness.events import RunFinished
 from harness.markovian_rsa import State
@@ -53,6 +55,35 @@ class Reply:
     exact: bool = True
     thinks: bool = False
     form: ResponseForm | None = None
+
+    @property
+    def background(self) -> bool:
+        """Whether its run goes on without a reader."""
+        return self.form is not None and self.form.background
+
+    @property
+    def stored(self) -> bool:
+        """Whether its run may be kept."""
+        return self.form.stored if self.form is not None else self.chat.body.store is not False
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The client's own words about the request, those that are text."""
+        given = self.form.metadata if self.form is not None else self.chat.body.metadata or {}
+        return {name: value for name, value in given.items() if isinstance(value, str)}
+
+    @property
+    def notes(self) -> str:
+        """What the engine decided of it, for those who tell the run again."""
+        found = {"divisor": self.divisor, "warnings": self.warnings, "exact": self.exact, "thinks": self.thinks}
+        return orjson.dumps(found).decode()
+
+    def recall(self, notes: str) -> None:
+        """Take over what was noted; a run that was stored without notes has the usual ones."""
+        if notes:
+            found = orjson.loads(notes)
+            self.divisor, self.warnings = found["divisor"], tuple(found["warnings"])
+            self.exact, self.thinks = found["exact"], found["thinks"]
 
     @property
     def name(self) -> str:

@@ -4,6 +4,7 @@ ApiError
     BadRequest         400  the request cannot be honoured as it stands; names the field and the limit
     UnknownModel       404  no such model is served here
     KeyInUse           409  the idempotency key stands for another body
+    KeyBusy            409  another request with the key has just begun; a retry finds its run
     RunCancelled       409  somebody ended the run
     TakenOver          503  another server goes on with the run
     StoreAway          503  the store does not answer; a retry may succeed
@@ -126,6 +127,14 @@ class KeyInUse(ApiError):
         super().__init__(409, "idempotency_key_in_use", message, headers=NO_RETRY)
 
 
+class KeyBusy(ApiError):
+    """Another request with the key has just begun, at another server perhaps."""
+
+    def __init__(self) -> None:
+        message = "Another request with this Idempotency-Key has just begun: ask again."
+        super().__init__(409, "idempotency_key_busy", message, headers=(("retry-after", "1"),))
+
+
 class Overloaded(ApiError):
     """Too many runs at once."""
 
@@ -177,6 +186,18 @@ class DeadlinePassed(ApiError):
     def __init__(self, deadline_s: float) -> None:
         message = f"No answer within mrsa.deadline_s={deadline_s:g}."
         super().__init__(504, "deadline_exceeded", message, "mrsa.deadline_s", NO_RETRY)
+
+
+def to_stored(error: ApiError) -> bytes:
+    """The error as it is kept with the run that ended with it."""
+    return orjson.dumps({**error.body(), "status": error.status})
+
+
+def of_stored(raw: bytes) -> ApiError:
+    """The error of a run that has ended: asking for it again changes nothing."""
+    found = orjson.loads(raw)
+    error = found["error"]
+    return ApiError(found.get("status", 500), error["code"], error["message"], error["param"], NO_RETRY)
 
 
 def of_params(error: InvalidParams) -> BadRequest:

@@ -8,6 +8,7 @@ from starlette.responses import Response
 
 from mrsa_server.api.errors import ApiError
 from mrsa_server.metrics import Metrics
+from mrsa_server.runs.pulse import Pulse
 from mrsa_server.runs.runner import Runner
 
 router = APIRouter()
@@ -21,12 +22,15 @@ async def live() -> Response:
 
 @router.get("/health/ready")
 async def ready(request: Request) -> Response:
-    """Requests would be answered: the engine is up and the server stays. A full queue is no reason against it."""
+    """Requests would be answered: engine and store answer, the server stays. A full queue is no reason against."""
     runner: Runner = request.app.state.runner
     if runner.draining:
         raise ApiError(503, "not_ready", "The server is shutting down.")
     if not await runner.host.check():
         raise ApiError(503, "not_ready", f"The engine is not up ({runner.host.health}): {runner.host.reason}")
+    pulse: Pulse | None = request.app.state.pulse
+    if pulse is not None and (reason := await pulse.check()) is not None:
+        raise ApiError(503, "not_ready", f"The store is away: {reason}")
     return Response(orjson.dumps({"status": "ok"}), media_type="application/json")
 
 
@@ -35,5 +39,8 @@ async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
     runner: Runner = request.app.state.runner
     found: Metrics = request.app.state.metrics
+    pulse: Pulse | None = request.app.state.pulse
     found.engine_up.set(runner.host.up)
+    if pulse is not None and found.store is not None:
+        found.store.up.set(await pulse.check() is None)
     return Response(found.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

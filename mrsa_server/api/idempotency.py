@@ -15,7 +15,7 @@ from typing import NamedTuple
 import structlog
 
 from mrsa_server.api.completion import Reply
-from mrsa_server.api.errors import ApiError, BadRequest, KeyInUse
+from mrsa_server.api.errors import ApiError, BadRequest, KeyInUse, TakenOver
 from mrsa_server.runs.runner import Run
 
 _MAX_KEY = 255  # characters, as at Stripe, where the header comes from
@@ -58,6 +58,11 @@ class Keys:
         self._ended: dict[str, asyncio.TimerHandle] = {}  # the oldest first
         self._tasks: set[asyncio.Task[None]] = set()
 
+    def __contains__(self, key: str) -> bool:
+        """Whether `find` would look at a body."""
+        entry = self._entries.get(key)
+        return entry is not None and not (isinstance(entry.held, Asked) and entry.held.run.cancelled)
+
     def find(self, key: str | None, body: bytes) -> Asked | Kept | None:
         """What the key stands for; None for nothing yet.
 
@@ -65,10 +70,10 @@ class Keys:
             KeyInUse: It stands for another body.
             ApiError: What its run ended with.
         """
-        entry = self._entries.get(key) if key is not None else None
-        if entry is None or (isinstance(entry.held, Asked) and entry.held.run.cancelled):
+        if key is None or key not in self:
             return None
-        if entry.digest != _digest(body):
+        entry = self._entries[key]
+        if entry.digest != digest_of(body):
             raise KeyInUse
         if isinstance(entry.held, ApiError):
             raise entry.held.copy()
@@ -84,7 +89,7 @@ class Keys:
             render: Makes the response, once the run has ended with an answer.
         """
         self._forget(key)
-        entry = self._entries[key] = _Entry(_digest(body), asked)
+        entry = self._entries[key] = _Entry(digest_of(body), asked)
         task = asyncio.create_task(self._keep(key, entry, asked, render), name=f"key of run {asked.run.id}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -105,7 +110,8 @@ class Keys:
         await run.ended()
         held: Kept | ApiError | None = None
         if run.error is not None:
-            held = run.error.copy() if run.error.final else None
+            # The store knows what became of a run that another server has.
+            held = run.error.copy() if run.error.final and not isinstance(run.error, TakenOver) else None
         elif not run.cancelled:
             try:
                 held = Kept(await render(), bool(asked.reply.chat.body.stream))
@@ -141,5 +147,6 @@ def read_key(given: str | None) -> str | None:
     return given
 
 
-def _digest(body: bytes) -> bytes:
+def digest_of(body: bytes) -> bytes:
+    """Tells whether a request with the same key is the same request."""
     return hashlib.sha256(body).digest()

@@ -26,6 +26,7 @@ from mrsa_server.runs.runner import Item, Prepared, RoundFinished, RoundStarted,
 
 _MOST_ANSWERS = 5  # different ones that a round's summary names
 _SNIPPET = 80  # characters of one of them
+_PIECE = 100  # characters
 
 Fields = dict[str, object]
 
@@ -56,11 +57,13 @@ class ResponseEvents:
         run: What is read.
         reply: What it answers.
         late: Whether its beginning is not read: then nothing is written as it comes, and the end holds everything.
+        after: The number of the last event that its reader has; those up to it are counted, and not written.
     """
 
-    def __init__(self, run: Run, reply: Reply, late: bool = False) -> None:
+    def __init__(self, run: Run, reply: Reply, late: bool = False, after: int = -1) -> None:
         assert reply.form is not None  # `read_response` gives it one
         self._late = late
+        self._after = after
         self._run = run
         self._reply = reply
         self._form: ResponseForm = reply.form
@@ -83,8 +86,22 @@ class ResponseEvents:
 
     @property
     def body(self) -> Fields:
-        """The response, once `finish` has written it."""
+        """The response, once its last event was written."""
         return self._body
+
+    @property
+    def last(self) -> int:
+        """The number of the last event so far; -1 before the first."""
+        return self._number - 1
+
+    def so_far(self, status: str) -> Fields:
+        """The response while its run goes on."""
+        return self._response(status, mrsa=started(state, self._reply) if (state := self._run.state) else None)
+
+    def queued(self) -> Iterator[bytes]:
+        """The first frames of a response whose run goes on in the background."""
+        yield self._event("response.created", response=self._response("queued"))
+        yield self._event("response.queued", response=self._response("queued"))
 
     def take(self, item: Item) -> Iterator[bytes]:
         """The frames of an item.
@@ -141,6 +158,8 @@ class ResponseEvents:
             reading = self._live.rest(state.rollouts[choice.slot].answer)
         if self._late:
             yield from self._rounds_of(state, thinking)
+        elif not self._live.thought:  # else it was written as it came
+            yield from self._think(state.params.rounds, thinking)
         yield from self._say_answer(reading)
         if not self._messages and not self._calls:
             yield from self._open_message()
@@ -152,7 +171,7 @@ class ResponseEvents:
         status = "completed" if whole else "incomplete"
         self._body = self._response(
             status,
-            completed_at=int(time.time()) if whole else None,
+            completed_at=int(self._run.ended_at or time.time()) if whole else None,
             incomplete_details=None if whole else {"reason": _reason(state, choice)},
             usage=_usage(state.usage, answer_tokens(state, (choice.slot,))),
             mrsa=found,
@@ -162,29 +181,36 @@ class ResponseEvents:
 
     def fail(self, error: ApiError) -> bytes:
         """The frames after an error: both SDKs raise at the first of them, the second ends the response."""
-        blame = error.body()["error"]
+        return b"".join(
+            (
+                *self._begin(),
+                *self._break_off(),
+                self._event("error", error=error.body()["error"]),
+                self._end("failed", "failed", {"code": error.code or "server_error", "message": error.message}),
+                DONE,
+            )
+        )
+
+    def cancel(self) -> bytes:
+        """The frames after a run that was cancelled; no event is called so, and both SDKs choke on unknown ones."""
+        return b"".join((*self._begin(), *self._break_off(), self._end("incomplete", "cancelled"), DONE))
+
+    def _break_off(self) -> Iterator[bytes]:
+        yield from self._close_reasoning("incomplete")
+        yield from self._close_message("incomplete")
+
+    def _end(self, event: str, status: str, error: Fields | None = None) -> bytes:
+        """The last event of a response without an answer."""
         state = self._run.state
-        frames = [
-            *self._begin(),
-            *self._close_reasoning("incomplete"),
-            *self._close_message("incomplete"),
-            self._event("error", error=blame),
-            self._event(
-                "response.failed",
-                response=self._response(
-                    "failed",
-                    error={"code": error.code or "server_error", "message": error.message},
-                    usage=_usage(state.usage, 0) if state is not None else None,
-                ),
-            ),
-            DONE,
-        ]
-        return b"".join(frames)
+        usage = _usage(state.usage, 0) if state is not None else None
+        self._body = self._response(status, error=error, usage=usage)
+        return self._event(f"response.{event}", response=self._body)
 
     def _begin(self) -> Iterator[bytes]:
         if not self._begun:
             self._begun = True
-            yield self._event("response.created", response=self._response("in_progress"))
+            if not self._form.background:  # one in the background has begun as `queued`
+                yield self._event("response.created", response=self._response("in_progress"))
             yield self._event("response.in_progress", response=self._response("in_progress"))
 
     # The rounds, as parts of the reasoning item.
@@ -330,9 +356,15 @@ class ResponseEvents:
                 if slot.round == round and not self._last(round) and rollout.tail and self._form.summary == "detailed":
                     yield from self._say(round, tail_text(rollout))
             yield from self._end_round(round, self._figures_now(round))
-        if thinking and self._shows_thinking and self._answering(state.params.rounds):
-            yield from self._open_round(state.params.rounds)
-            yield from self._say(state.params.rounds, thinking)
+        yield from self._think(state.params.rounds, thinking)
+
+    def _think(self, round: int, thinking: str) -> Iterator[bytes]:
+        """The whole thinking before the answer, for a reader who has not seen it written."""
+        if thinking and self._shows_thinking and self._answering(round):
+            yield from self._close_rounds()
+            yield from self._open_round(round)
+            for piece in self._pieces(thinking):
+                yield from self._say(round, piece)
 
     # The answer.
 
@@ -360,10 +392,19 @@ class ResponseEvents:
         if reading.text:
             yield from self._open_message()
             assert self._text is not None  # it is open now
-            self._text.append(reading.text)
-            yield self._message_event("response.output_text.delta", delta=reading.text, logprobs=[])
+            for piece in self._pieces(reading.text):
+                self._text.append(piece)
+                yield self._message_event("response.output_text.delta", delta=piece, logprobs=[])
         for call in reading.calls:
             yield from self._call(call)
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        """A long text as a stream in the background has it, which may be cut and gone on with; else as it is."""
+        if not self._form.background:
+            yield text
+            return
+        for start in range(0, len(text), _PIECE):
+            yield text[start : start + _PIECE]
 
     def _open_message(self) -> Iterator[bytes]:
         if self._text is not None:
@@ -433,6 +474,8 @@ class ResponseEvents:
 
     def _event(self, type: str, /, **fields: object) -> bytes:
         number, self._number = self._number, self._number + 1
+        if number <= self._after:
+            return b""
         return named_frame(type, {"type": type, "sequence_number": number, **fields})
 
     def _response(

@@ -1,37 +1,126 @@
-"""`POST /v1/responses`, streamed and not, after Open Responses (2026-04-24) and OpenAI's Responses API.
+"""`/v1/responses` after Open Responses (2026-04-24) and OpenAI's Responses API: made, streamed, retrieved, cancelled.
 
-Responses are not stored: `store` is accepted, and the response says that it was not.
+A response is the view of a stored run, made from the run's log whenever it is asked for. One in the background is
+streamed from its log too, and never from memory: so each of its events has one number, at every replica and after every
+crash, and `starting_after` goes on where a connection was cut.
 """
 
 from __future__ import annotations
 
-import time
+import re
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING, Any
 
+import orjson
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from harness.engine import Engine
 from harness.markovian_rsa import State
 from harness.run import Watch
-from mrsa_server.api.chat import Route, answer
+from mrsa_server.api.answering import answer
+from mrsa_server.api.asking import RUN, AskService, Route
 from mrsa_server.api.completion import Reply, chosen, thinking_of
+from mrsa_server.api.errors import ApiError, BadRequest, EngineUnavailable, RunCancelled, of_stored
+from mrsa_server.api.query import boolean, integer, one_of, query
 from mrsa_server.api.response_events import ResponseEvents
-from mrsa_server.api.responses_wire import parse_response
+from mrsa_server.api.responses_wire import RESPONSE, check_body, continued, input_items, parse_response, previous_of
+from mrsa_server.api.sse import KEEP_ALIVE, EventStream, named_frame
+from mrsa_server.api.stored import Retelling, add_traces, answer_of, further, log_of, unavailable
 from mrsa_server.runs.runner import Prepared, Run
+from mrsa_server.runs.store_errors import NoSuchRun, StoreUnavailable
 from mrsa_server.settings import Settings
 
+if TYPE_CHECKING:  # a server without a store loads no database
+    from mrsa_server.runs.store import RunStore, StoredRun
+
 router = APIRouter()
+
+_NAME = re.compile(rf"{RESPONSE}([0-9A-Za-z_]{{1,120}})", re.ASCII)
+_EVENTS = 100  # read at once
+_CANCELLING_S = 10.0  # in which the owner of a run, wherever that is, ends it; then the answer says how it stands
+_MOST_ITEMS = 100
+_USUAL_ITEMS = 20
 
 
 @router.post("/v1/responses")
 async def create_response(request: Request) -> Response:
     """Answer an input; `reasoning`, `mrsa` or the model's name says with how much work."""
-    return await answer(request, _RESPONSES)
+    return await answer(request, ROUTE)
 
 
-def _read(raw: bytes, settings: Settings, name: str) -> Reply:
+@router.post("/v1/responses/compact")
+async def compact_response() -> Response:
+    """Known to clients, and not served: nothing here makes a conversation shorter."""
+    raise ApiError(404, "not_found", "Conversations are not compacted here: send what the model is to read.")
+
+
+@router.get("/v1/responses/{response_id}")
+async def get_response(request: Request, response_id: str) -> Response:
+    """A response as it stands; with `stream` its events, from the one after `starting_after` on."""
+    service, store, record = await _find(request, response_id)
+    asked = query(request, {"stream", "starting_after", "include", "include[]", "include_obfuscation"})
+    if not boolean(asked, "stream"):
+        if "starting_after" in asked:
+            raise BadRequest("starting_after: needs stream=true", "starting_after")
+        return _json(await _body_of(service, record))
+    after = integer(asked, "starting_after", 0, 2**31 - 1, -1)
+    if not record.background and "starting_after" in asked:
+        raise BadRequest(
+            "starting_after: this response was not made with background=true, so its events have no numbers that last",
+            "starting_after",
+        )
+    return _stream(service, store, record, after)
+
+
+@router.post("/v1/responses/{response_id}/cancel")
+async def cancel_response(request: Request, response_id: str) -> Response:
+    """End a response that is made in the background, wherever that is; one that has ended stays as it is."""
+    service, store, record = await _find(request, response_id)
+    if not record.background:
+        raise BadRequest("response_id: only a response made with background=true can be cancelled", "response_id")
+    if record.ended_at is None and await store.request_cancel(record.run_id):
+        try:
+            await store.wait(record.run_id, 2**31 - 1, _CANCELLING_S)
+        except NoSuchRun:
+            raise _unknown(response_id) from None
+        record = await store.get(record.run_id) or record
+    return _json(await _body_of(service, record))
+
+
+@router.delete("/v1/responses/{response_id}")
+async def delete_response(request: Request, response_id: str) -> Response:
+    """Forget a response with its run; one that is still made is ended first."""
+    service, store, record = await _find(request, response_id)
+    here = service.runner.find(record.run_id)
+    if here is not None:
+        here.cancel(RunCancelled())
+    await store.delete(record.run_id)
+    return _json({"id": response_id, "object": "response", "deleted": True})
+
+
+@router.get("/v1/responses/{response_id}/input_items")
+async def list_input_items(request: Request, response_id: str) -> Response:
+    """What a response was asked with, earlier turns included, the newest first unless `order` is `asc`."""
+    _, _, record = await _find(request, response_id)
+    asked = query(request, {"after", "include", "include[]", "limit", "order"})
+    limit = integer(asked, "limit", 1, _MOST_ITEMS, _USUAL_ITEMS)
+    items = input_items(record.body, record.run_id.removeprefix(RUN))
+    if one_of(asked.get("order", "desc"), "order", ("asc", "desc")) == "desc":
+        items.reverse()
+    if "after" in asked:
+        place = next((number for number, item in enumerate(items) if item["id"] == asked["after"]), None)
+        if place is None:
+            raise BadRequest(f"after: there is no item {asked['after'][:128]!r}", "after")
+        items = items[place + 1 :]
+    page = items[:limit]
+    ends = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
+    return _json({"object": "list", "data": page, **ends, "has_more": len(items) > limit})
+
+
+def _read(raw: bytes, settings: Settings, name: str, created: int) -> Reply:
     asking = parse_response(raw, settings)
-    return Reply(asking.chat, f"resp_{name}", int(time.time()), form=asking.form)
+    return Reply(asking.chat, f"{RESPONSE}{name}", created, form=asking.form)
 
 
 async def _whole(run: Run, state: State, reply: Reply, engine: Engine) -> dict[str, object]:
@@ -42,4 +131,160 @@ async def _whole(run: Run, state: State, reply: Reply, engine: Engine) -> dict[s
     return events.body
 
 
-_RESPONSES = Route("response", _read, ResponseEvents, _whole)
+async def _complete(service: AskService, raw: bytes) -> bytes:
+    """A body whose input begins with the conversation that it goes on with.
+
+    Raises:
+        BadRequest: There is no such response, or it has no answer.
+        StoreUnavailable: The database does not answer.
+    """
+    check_body(raw)  # so that an error names the places that the client wrote
+    earlier = previous_of(raw)
+    if earlier is None or service.store is None:
+        return raw
+    name = _NAME.fullmatch(earlier)
+    record = await service.store.get(RUN + name[1]) if name else None
+    if record is None or record.kind != "response":
+        raise BadRequest(
+            f"previous_response_id: there is no response {earlier[:128]!r}",
+            "previous_response_id",
+            "previous_response_not_found",
+        )
+    if record.ended_at is None:
+        raise BadRequest(f"previous_response_id: {earlier} is still being made", "previous_response_id")
+    try:
+        body = await answer_of(service, record)
+    except ApiError as error:
+        message = f"previous_response_id: {earlier} has no answer to go on with: {error.message}"
+        raise BadRequest(message, "previous_response_id") from None
+    return continued(raw, record.body, body["output"])
+
+
+async def _detached(service: AskService, record: StoredRun) -> Response:
+    """The answer to a request for a response in the background, whose run is stored by now."""
+    assert service.store is not None  # the record is its
+    told = Retelling(service, record)
+    if told.reply.chat.body.stream:
+        return _stream(service, service.store, record, -1)
+    return _json(await _body_of(service, record))
+
+
+ROUTE = Route("response", _read, ResponseEvents, _whole, _complete, _detached)
+
+
+async def _body_of(service: AskService, record: StoredRun) -> dict[str, object]:
+    """A response as it stands.
+
+    Raises:
+        ApiError: This version cannot read its run.
+        StoreUnavailable: The database does not answer.
+    """
+    store = service.store
+    assert store is not None  # the record is its
+    told = Retelling(service, record)
+    events = ResponseEvents(told.run, told.reply, late=not record.background)
+    # While it is made its start is enough: clients poll, and to fold the log of a long run takes 0.1 s.
+    for stored in await log_of(store, record.run_id, limit=None if record.ended_at is not None else 1):
+        for item in told.take(stored):
+            for _ in events.take(item):
+                pass
+    if record.ended_at is None:
+        return events.so_far("queued" if told.run.state is None else "in_progress")
+    await _finish(service, store, record, told, events)
+    return events.body
+
+
+async def _finish(
+    service: AskService, store: RunStore, record: StoredRun, told: Retelling, events: ResponseEvents
+) -> bytes:
+    """The last frames of a response whose run has ended and was told to its end."""
+    state = told.run.state
+    if record.error is not None and record.status != "cancelled":
+        return events.fail(of_stored(record.error))
+    if record.status not in ("finished", "stopped") or state is None:
+        return events.cancel()
+    await add_traces(store, told.run)
+    try:  # an engine knows the words of the thinking, whose events have numbers too
+        await service.runner.host.wait_up(None)
+    except EngineUnavailable:
+        pass
+    thinking = await thinking_of(told.run, chosen(state, 1)[0], service.runner.host.engine)
+    return b"".join(events.finish(state, thinking))
+
+
+def _stream(service: AskService, store: RunStore, record: StoredRun, after: int) -> Response:
+    last = after
+
+    def noted(number: int) -> None:
+        nonlocal last
+        last = max(last, number)
+
+    def broken(error: ApiError) -> bytes:
+        """The stream ends here, and the response does not: so nothing is numbered."""
+        blame = error.body()["error"]
+        hint = f"{error.message} Go on with starting_after={last}." if record.background else error.message
+        assert isinstance(blame, dict)  # as the shape of errors has it
+        fields = {"type": "error", "sequence_number": max(last, 0), "code": error.code, "message": hint, "param": None}
+        return named_frame("error", {**fields, "error": {**blame, "message": hint}})
+
+    return EventStream(lambda: _frames(service, store, record, after, noted), broken)
+
+
+async def _frames(
+    service: AskService, store: RunStore, record: StoredRun, after: int, noted: Any
+) -> AsyncGenerator[bytes, None]:
+    """The events of a response, from its log: while its run goes on and afterwards."""
+    told = Retelling(service, record)
+    events = ResponseEvents(told.run, told.reply, late=not record.background, after=after)
+    frames = b"".join(events.queued()) if record.background else b""
+    number = 0
+    yield frames or KEEP_ALIVE
+    noted(events.last)
+    try:
+        while True:
+            found = await log_of(store, record.run_id, number, _EVENTS)
+            for stored in found:
+                number = stored.number
+                frames = b"".join(part for item in told.take(stored) for part in events.take(item))
+                if frames:
+                    yield frames
+                noted(events.last)
+            if found:
+                continue
+            progress = await further(store, service.runner, record.run_id, number, service.settings.keep_alive_s)
+            if progress is None:
+                yield KEEP_ALIVE
+            elif progress <= number:
+                break
+        ended = await store.get(record.run_id)
+        if ended is None:
+            return
+        told.run.ended_at = ended.ended_at
+        yield await _finish(service, store, ended, told, events)
+    except NoSuchRun:  # it was deleted while somebody read it
+        return
+    except StoreUnavailable as error:
+        raise unavailable(error) from None
+
+
+async def _find(request: Request, response_id: str) -> tuple[AskService, RunStore, StoredRun]:
+    service: AskService = request.app.state.asking
+    if service.store is None:
+        raise ApiError(
+            404,
+            "responses_not_stored",
+            "This server stores no responses: start it with --state-dir DIR or MRSA_DATABASE_URL.",
+        )
+    name = _NAME.fullmatch(response_id)
+    record = await service.store.get(RUN + name[1]) if name else None
+    if record is None or record.kind != "response":
+        raise _unknown(response_id)
+    return service, service.store, record
+
+
+def _unknown(response_id: str) -> ApiError:
+    return ApiError(404, "not_found", f"There is no response {response_id[:128]!r}.")
+
+
+def _json(body: object) -> Response:
+    return Response(orjson.dumps(body), media_type="application/json")

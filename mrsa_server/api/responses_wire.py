@@ -7,9 +7,10 @@ the client wrote. Every string, list and number is bounded here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
+import orjson
 from pydantic import AliasChoices, BeforeValidator, Discriminator, Field, StringConstraints, Tag, ValidationError
 from pydantic_core import PydanticCustomError
 
@@ -54,6 +55,7 @@ from mrsa_server.settings import Settings
 # nothing is asked for it is the figures, and a stream has no text events for them.
 Summary = Literal["concise", "auto", "detailed"]
 OWN_EVENTS = "mrsa.events"
+RESPONSE = "resp_"  # begins the id of every response; its run has what follows it in its own
 
 _Ignored = Annotated[dict[str, Any], Field(max_length=16)]
 _Status = Literal["in_progress", "completed", "incomplete"]
@@ -309,9 +311,9 @@ class ResponsesBody(Wire):
     reasoning: ReasoningIn | None = None
     include: Annotated[list[Short], Field(max_length=16)] | None = None
     mrsa: MrsaSwitch | None = None
+    store: bool | None = None
     # Known, and without influence on the answer.
     metadata: Annotated[dict[_Key, _Value], Field(max_length=16)] | None = None
-    store: bool | None = None
     truncation: Literal["auto", "disabled"] | None = None
     max_tool_calls: Tokens | None = None  # of tools that the server runs, and it runs none
     user: Short | None = None
@@ -320,9 +322,9 @@ class ResponsesBody(Wire):
     prompt_cache_retention: Short | None = None
     prompt_cache_options: _Ignored | None = None
     service_tier: Short | None = None
-    # Known, and refused unless they ask for nothing.
     background: bool | None = None
-    previous_response_id: Name | None = None
+    previous_response_id: Name | None = None  # its conversation is in `input` by now, see `continued`
+    # Known, and refused unless they ask for nothing.
     top_logprobs: Literal[0] | None = None
     conversation: None = None
     prompt: None = None
@@ -339,12 +341,18 @@ class ResponseForm:
         summary: How much the reasoning item shows; None where nothing was asked for.
         own_events: Whether the stream holds events of ours too.
         own_deltas: Whether all that rollouts write is among these.
+        background: Whether its run goes on without a reader.
+        stored: Whether it can be retrieved later.
+        metadata: The client's.
     """
 
     echo: Mapping[str, object]
     summary: Summary | None
     own_events: bool
     own_deltas: bool
+    background: bool = False
+    stored: bool = False
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 class Asking(NamedTuple):
@@ -354,6 +362,65 @@ class Asking(NamedTuple):
     form: ResponseForm
 
 
+def check_body(raw: bytes) -> ResponsesBody:
+    """A body by its shape alone.
+
+    Raises:
+        BadRequest: Naming the field and what is wrong with it.
+    """
+    data = read_object(raw)
+    try:
+        return ResponsesBody.model_validate(data)
+    except ValidationError as error:
+        raise of_validation(error, data, {}) from None
+
+
+def previous_of(raw: bytes) -> str | None:
+    """The response that a body goes on with."""
+    found = read_object(raw).get("previous_response_id")
+    return found if isinstance(found, str) else None
+
+
+def continued(raw: bytes, earlier: bytes, output: object) -> bytes:
+    """A body whose input begins with an earlier conversation: what that was asked with, and what it answered.
+
+    Args:
+        raw: A valid body.
+        earlier: That of the earlier response, its own earlier turns included.
+        output: Of the earlier response; its reasoning is left out, as that of each answer begins anew.
+    """
+    data = read_object(raw)
+    answered = [_spoken(item) for item in cast("list[dict[str, Any]]", output) if item["type"] != "reasoning"]
+    data["input"] = [*_turns(read_object(earlier)["input"]), *answered, *_turns(data["input"])]
+    return orjson.dumps(data)
+
+
+def input_items(raw: bytes, name: str) -> list[dict[str, Any]]:
+    """The items of a stored body's input, each with an id that lasts."""
+    found = []
+    for number, item in enumerate(_turns(read_object(raw)["input"])):
+        item = {"type": "message", **item}
+        if item["type"] == "message":
+            item.setdefault("status", "completed")
+            if isinstance(item["content"], str):
+                kind = "output_text" if item["role"] == "assistant" else "input_text"
+                item["content"] = [{"type": kind, "text": item["content"]}]
+        found.append({**item, "id": item.get("id") or f"item_{name}_{number}"})
+    return found
+
+
+def _turns(given: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": given}] if isinstance(given, str) else given
+
+
+def _spoken(item: dict[str, Any]) -> dict[str, Any]:
+    """An item of an answer as one of a question."""
+    if item["type"] == "function_call":
+        return {name: item[name] for name in ("type", "call_id", "name", "arguments")}
+    text = [{"type": "output_text", "text": part["text"]} for part in item["content"]]
+    return {"type": "message", "role": "assistant", "content": text}
+
+
 def parse_response(raw: bytes, settings: Settings) -> Asking:
     """Read a body.
 
@@ -361,12 +428,8 @@ def parse_response(raw: bytes, settings: Settings) -> Asking:
         BadRequest: Naming the field and what is wrong with it.
         InvalidParams: If a value is outside of what the method can do.
     """
-    data = read_object(raw)
-    try:
-        body = ResponsesBody.model_validate(data)
-    except ValidationError as error:
-        raise of_validation(error, data, {}) from None
-    _check(body)
+    body = check_body(raw)
+    _check(body, settings)
     names: dict[str, str] = {
         "messages": "input",
         "max_completion_tokens": "max_output_tokens",
@@ -381,15 +444,20 @@ def parse_response(raw: bytes, settings: Settings) -> Asking:
         chat = to_chat(_to_chat_body(body, messages, tools, settings), settings, warnings, names)
     except BadRequest as error:
         raise renamed(error, names) from None
-    return Asking(chat._replace(warnings=tuple(_renamed(text, names) for text in warnings)), _form(body, chat))
+    return Asking(
+        chat._replace(warnings=tuple(_renamed(text, names) for text in warnings)), _form(body, chat, settings)
+    )
 
 
-def _check(body: ResponsesBody) -> None:
+def _check(body: ResponsesBody, settings: Settings) -> None:
     """Refuse what would need what is not there, and what no response could repeat."""
-    if body.background:
-        raise _unsupported("background", "responses in the background are not served; stream, or wait for the answer")
-    if body.previous_response_id is not None:
-        raise _unsupported("previous_response_id", "responses are not stored; send the conversation in input")
+    for param, asked in (("background", body.background), ("previous_response_id", body.previous_response_id)):
+        if asked and settings.store_url is None:
+            raise _unsupported(
+                param, "this server stores no responses: start it with --state-dir DIR or MRSA_DATABASE_URL"
+            )
+    if body.background and body.store is False:
+        raise BadRequest("background: needs store to be true, since the response is to be retrieved", "background")
     if "message.output_text.logprobs" in (body.include or ()):
         raise _unsupported("include", "an answer has no logprobs: it is one of many")
     # What binds nothing is echoed all the same: a tool that is not allowed, a format beside a tool that must be called.
@@ -522,13 +590,14 @@ def _mrsa(body: ResponsesBody, settings: Settings) -> bool | MrsaIn | None:
     return mrsa if mrsa.effort else mrsa.model_copy(update={"effort": settings.usual_effort.value})
 
 
-def _form(body: ResponsesBody, chat: Chat) -> ResponseForm:
+def _form(body: ResponsesBody, chat: Chat, settings: Settings) -> ResponseForm:
     reasoning = body.reasoning or ReasoningIn()
     streamed = body.mrsa.stream if isinstance(body.mrsa, MrsaIn) else None
     summary = reasoning.summary or reasoning.generate_summary
     if summary is None and streamed is not None:
         summary = "auto" if streamed == "final" else "detailed"
     text = body.text or TextIn()
+    stored = body.store is not False and settings.store_url is not None
     echo: dict[str, object] = {
         "instructions": body.instructions,
         "max_output_tokens": body.max_output_tokens,
@@ -565,12 +634,20 @@ def _form(body: ResponsesBody, chat: Chat) -> ResponseForm:
         "safety_identifier": body.safety_identifier,
         "prompt_cache_key": body.prompt_cache_key,
         "service_tier": "default",
-        "store": False,
-        "background": False,
-        "previous_response_id": None,
+        "store": stored,
+        "background": bool(body.background),
+        "previous_response_id": body.previous_response_id,
     }
     own_deltas = streamed == "rollouts"
-    return ResponseForm(echo, summary, own_deltas or OWN_EVENTS in (body.include or ()), own_deltas)
+    return ResponseForm(
+        echo,
+        summary,
+        own_deltas or OWN_EVENTS in (body.include or ()),
+        own_deltas,
+        bool(body.background),
+        stored,
+        body.metadata or {},
+    )
 
 
 def _plain(choice: str | ChosenFunction | AllowedTools) -> object:

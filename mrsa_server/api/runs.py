@@ -18,13 +18,15 @@ from starlette.responses import Response
 
 from harness.engine import EngineDead, EngineError
 from harness.events import RunFailed, RunFinished
-from harness.markovian_rsa import State, replay
+from harness.markovian_rsa import State, fold
 from harness.prompts import Templates
 from harness.types import Slot, TokenIds, Trace
-from mrsa_server.api.errors import ApiError, BadRequest, EngineFailed, EngineUnavailable, RunCancelled, StoreAway
+from mrsa_server.api.errors import ApiError, BadRequest, EngineFailed, EngineUnavailable
+from mrsa_server.api.query import integer, one_of, query
 from mrsa_server.api.sse import KEEP_ALIVE, EventStream
+from mrsa_server.api.stored import further, log_of, unavailable
 from mrsa_server.api.wire import echo
-from mrsa_server.runs.codec import KINDS, Undecodable
+from mrsa_server.runs.codec import KINDS
 from mrsa_server.runs.record import RunKind, StoredStatus
 from mrsa_server.runs.runner import Runner
 from mrsa_server.runs.store_errors import NoSuchRun, StoreUnavailable
@@ -35,7 +37,7 @@ if TYPE_CHECKING:  # a server without a store loads no database
 
 router = APIRouter()
 
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}", re.ASCII)  # a database may choke on others
+RUN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}", re.ASCII)  # a database may choke on others
 _MOST_RUNS = 100  # on a page
 _USUAL_RUNS = 20
 _EVENTS = 100  # read at once
@@ -50,39 +52,49 @@ class RunsService:
     templates: Templates
     keep_alive_s: float
 
+    @property
+    def kept(self) -> RunStore:
+        """The store.
+
+        Raises:
+            ApiError: There is none.
+        """
+        if self.store is None:
+            message = "This server stores no runs: start it with --state-dir DIR or MRSA_DATABASE_URL."
+            raise ApiError(404, "runs_not_stored", message)
+        return self.store
+
 
 def _store(request: Request) -> tuple[RunsService, RunStore]:
     service: RunsService = request.app.state.runs
-    if service.store is None:
-        raise ApiError(
-            404, "runs_not_stored", "This server stores no runs: start it with --state-dir or MRSA_DATABASE_URL."
-        )
-    return service, service.store
+    return service, service.kept
 
 
 @router.get("/v1/runs")
 async def list_runs(request: Request) -> Response:
-    """A page of runs, the newest first; by `status`, `model`, `kind`, from the run `after` on, at most `limit`."""
+    """A page of runs, the newest first; by `status`, `model`, `kind`, `batch`; `limit` of them `after` one."""
     from mrsa_server.runs.store import RunFilter  # it is there, since there is a store
 
     _, store = _store(request)
-    asked = _query(request, {"limit", "after", "status", "model", "kind"})
-    limit = _integer(asked, "limit", 1, _MOST_RUNS, _USUAL_RUNS)
+    asked = query(request, {"limit", "after", "status", "model", "kind", "batch"})
+    limit = integer(asked, "limit", 1, _MOST_RUNS, _USUAL_RUNS)
     status = tuple(asked.get("status", "").split(",")) if "status" in asked else ()
     for one in status:
-        _one_of(one, "status", get_args(StoredStatus))
+        one_of(one, "status", get_args(StoredStatus))
     if "kind" in asked:
-        _one_of(asked["kind"], "kind", get_args(RunKind))
+        one_of(asked["kind"], "kind", get_args(RunKind))
     which = RunFilter(
         status=cast("tuple[StoredStatus, ...]", status),
         model=asked.get("model"),
         kind=cast("RunKind | None", asked.get("kind")),
+        batch_id=asked.get("batch"),
     )
-    last = await store.get(asked["after"]) if _NAME.fullmatch(asked.get("after", "")) else None
+    last = await store.get(asked["after"]) if RUN_NAME.fullmatch(asked.get("after", "")) else None
     if "after" in asked and last is None:
         raise BadRequest(f"after: there is no run {asked['after'][:128]!r}", "after")
-    if not asked.get("model", "").isprintable():
-        raise BadRequest("model: must be printable", "model")
+    for name in ("model", "batch"):
+        if not asked.get(name, "").isprintable():
+            raise BadRequest(f"{name}: must be printable", name)
     found = await store.list_runs(which, before=last.cursor if last else None, limit=limit + 1)
     page = found[:limit]
     return _json(
@@ -101,18 +113,16 @@ async def get_run(request: Request, run_id: str) -> Response:
     """A run with all its rounds and rollouts, who reads whom, tails, answers and usage."""
     service, store = _store(request)
     run = await _find(store, run_id)
-    return _json(_tree(run, await _log(store, run_id), service.templates))
+    return _json(_tree(run, await log_of(store, run_id), service.templates))
 
 
 @router.delete("/v1/runs/{run_id}")
 async def cancel_run(request: Request, run_id: str) -> Response:
     """End a run, wherever it is; one that has ended stays as it is."""
-    service, store = _store(request)
+    _, store = _store(request)
     run = await _find(store, run_id)
-    if run.ended_at is None and await store.request_cancel(run_id):
-        here = service.runner.find(run_id)
-        if here is not None:  # elsewhere its owner learns of it when it renews its lease
-            here.cancel(RunCancelled())
+    if run.ended_at is None:
+        await store.request_cancel(run_id)
     return _json({**_summary(run), "cancel_requested": run.ended_at is None})
 
 
@@ -123,14 +133,14 @@ async def run_events(request: Request, run_id: str) -> Response:
     Once there is nothing more to come the answer is a 204, at which a browser's EventSource asks no more.
     """
     service, store = _store(request)
-    asked = _query(request, {"after"})
+    asked = query(request, {"after"})
     if "after" not in asked and "last-event-id" in request.headers:
         asked = {"after": request.headers["last-event-id"]}
-    after = _integer(asked, "after", 0, 2**31 - 1, 0)
+    after = integer(asked, "after", 0, 2**31 - 1, 0)
     run = await _find(store, run_id)
     if run.ended_at is not None and after >= run.last:
         return Response(status_code=204)
-    return EventStream(lambda: _frames(store, run_id, after, service.keep_alive_s), _broken)
+    return EventStream(lambda: _frames(service, store, run_id, after), _broken)
 
 
 @router.get("/v1/runs/{run_id}/export")
@@ -138,7 +148,7 @@ async def export_run(request: Request, run_id: str) -> Response:
     """The log of a run as JSON lines."""
     _, store = _store(request)
     await _find(store, run_id)
-    lines = [orjson.dumps(_numbered(stored), default=_plain) for stored in await _log(store, run_id)]
+    lines = [orjson.dumps(_numbered(stored), default=_plain) for stored in await log_of(store, run_id)]
     return Response(b"".join(line + b"\n" for line in lines), media_type="application/jsonl")
 
 
@@ -148,7 +158,7 @@ async def run_trace(request: Request, run_id: str, round: str, index: str) -> Re
     service, store = _store(request)
     await _find(store, run_id)
     place = {"round": round, "index": index}
-    slot = Slot(_integer(place, "round", 0, 10_000, 0), _integer(place, "index", 0, 1_000_000, 0))
+    slot = Slot(integer(place, "round", 0, 10_000, 0), integer(place, "index", 0, 1_000_000, 0))
     trace = await store.trace(run_id, slot)
     if trace is None:
         raise ApiError(404, "not_found", f"Run {run_id} has no trace of rollout {slot.index} of round {slot.round}.")
@@ -177,23 +187,23 @@ async def _told(service: RunsService, trace: Trace) -> dict[str, object]:
     }
 
 
-async def _frames(store: RunStore, run_id: str, after: int, keep_alive_s: float) -> AsyncGenerator[bytes, None]:
-    while True:
-        try:
-            found = await store.events(run_id, after, _EVENTS)
-            if not found:
-                progress = await store.wait(run_id, after, keep_alive_s)
-        except StoreUnavailable as error:
-            raise StoreAway(str(error)) from None
-        except NoSuchRun:  # it was deleted while somebody read it
-            return
-        if found:
-            after = found[-1].number
-            yield b"".join(map(_frame, found))
-        elif progress.last <= after and progress.ended:
-            return
-        elif progress.last <= after:
-            yield KEEP_ALIVE
+async def _frames(service: RunsService, store: RunStore, run_id: str, after: int) -> AsyncGenerator[bytes, None]:
+    try:
+        while True:
+            found = await log_of(store, run_id, after, _EVENTS)
+            if found:
+                after = found[-1].number
+                yield b"".join(map(_frame, found))
+                continue
+            last = await further(store, service.runner, run_id, after, service.keep_alive_s)
+            if last is None:
+                yield KEEP_ALIVE
+            elif last <= after:
+                return
+    except NoSuchRun:  # it was deleted while somebody read it
+        return
+    except StoreUnavailable as error:
+        raise unavailable(error) from None
 
 
 def _frame(stored: Stored) -> bytes:
@@ -211,17 +221,10 @@ def _broken(error: ApiError) -> bytes:
 
 
 async def _find(store: RunStore, run_id: str) -> StoredRun:
-    run = await store.get(run_id) if _NAME.fullmatch(run_id) else None
+    run = await store.get(run_id) if RUN_NAME.fullmatch(run_id) else None
     if run is None:
         raise ApiError(404, "not_found", f"There is no run {run_id!r}.")
     return run
-
-
-async def _log(store: RunStore, run_id: str) -> list[Stored]:
-    try:
-        return await store.events(run_id)
-    except Undecodable as error:
-        raise ApiError(500, "run_unreadable", f"The run was written by another version: {error}.") from None
 
 
 def _summary(run: RunSummary) -> dict[str, object]:
@@ -240,6 +243,8 @@ def _summary(run: RunSummary) -> dict[str, object]:
         "events": run.last,
         "cancel_requested": run.cancel_requested,
         "metadata": dict(run.metadata),
+        "batch_id": run.batch_id,
+        "custom_id": run.custom_id,
     }
 
 
@@ -248,7 +253,7 @@ def _tree(run: StoredRun, log: list[Stored], templates: Templates) -> dict[str, 
     if not log:
         return found
     try:
-        state = replay([stored.event for stored in log], templates)
+        state = fold([stored.event for stored in log], templates)
     except ValueError as error:
         raise ApiError(500, "run_unreadable", f"The run cannot be read: {error}.") from None
     outcome, usage = state.outcome, state.usage
@@ -322,24 +327,3 @@ def _plain(value: object) -> object:
     if isinstance(value, tuple | array):
         return list(cast(TokenIds, value))
     raise TypeError(type(value).__name__)
-
-
-def _query(request: Request, known: set[str]) -> dict[str, str]:
-    for name in request.query_params:
-        if name not in known:
-            raise BadRequest(f"{name}: is no parameter here; known are {', '.join(sorted(known))}", name)
-    return dict(request.query_params)
-
-
-def _integer(asked: dict[str, str], name: str, low: int, high: int, usual: int) -> int:
-    given = asked.get(name)
-    if given is None:
-        return usual
-    if not (given.isascii() and given.isdigit() and len(given) < 12 and low <= int(given) <= high):
-        raise BadRequest(f"{name}: must be a whole number between {low} and {high}, not {given[:64]!r}", name)
-    return int(given)
-
-
-def _one_of(given: str, name: str, known: tuple[str, ...]) -> None:
-    if given not in known:
-        raise BadRequest(f"{name}: must be one of {', '.join(known)}, not {given[:64]!r}", name)

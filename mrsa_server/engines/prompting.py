@@ -15,6 +15,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from harness.types import Message, Tail
 
@@ -57,6 +58,21 @@ def chat_messages(messages: Sequence[Message], fill: Callable[[Tail], str]) -> l
 def tool_definitions(tools: str | None) -> list[dict[str, object]] | None:
     """The tools of `AnswerRules` as the chat template takes them."""
     return None if tools is None else json.loads(tools)
+
+
+def with_arguments(message: ChatMessage) -> ChatMessage:
+    """Arguments of tool calls as an object, which is what chat templates take."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    return message | {"tool_calls": [call | {"function": _parsed(call["function"])} for call in calls]}
+
+
+def _parsed(function: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return function | {"arguments": json.loads(function["arguments"])}
+    except ValueError:
+        return function
 
 
 class PromptIds:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
@@ -13,7 +12,7 @@ from jinja2 import TemplateError
 
 from harness.engine import Delta, EngineError, Vocabulary
 from harness.types import Finish, Tail, TokenIds
-from mrsa_server.engines.prompting import ChatMessage, neutralise, tool_definitions
+from mrsa_server.engines.prompting import ChatMessage, neutralise, tool_definitions, with_arguments
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -66,7 +65,7 @@ class Tokens:
         """
         try:
             ids: list[int] = self._tokenizer.apply_chat_template(
-                [_with_arguments(message) for message in messages],
+                [with_arguments(message) for message in messages],
                 tools=tool_definitions(tools),
                 add_generation_prompt=True,
                 tokenize=True,
@@ -245,18 +244,3 @@ class Pieces:
         cut = max(len(self._held) - hold, 0)
         text, self._held = self._held[:cut], self._held[cut:]
         return text
-
-
-def _with_arguments(message: ChatMessage) -> ChatMessage:
-    """Arguments of tool calls as an object, which is what chat templates take."""
-    calls = message.get("tool_calls")
-    if not isinstance(calls, list):
-        return message
-    return message | {"tool_calls": [call | {"function": _parsed(call["function"])} for call in calls]}
-
-
-def _parsed(function: dict[str, Any]) -> dict[str, Any]:
-    try:
-        return function | {"arguments": json.loads(function["arguments"])}
-    except ValueError:
-        return function

@@ -8,8 +8,9 @@ meanwhile is let go without a word (`Fenced`).
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -26,6 +27,8 @@ _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 2.0
 _TOGETHER = 256  # runs in one transaction
 _RENEWALS = 3  # in the time of a lease, so that one that is missed loses nothing
+_CURRENT = 1 / 2  # of a lease: who renewed his so long ago does it again before he takes others'
+_MISSED = 2 / 3  # after so long without a renewal, another server may have lost its leases the same way
 T = TypeVar("T")
 
 log = structlog.get_logger("mrsa.store")
@@ -37,13 +40,13 @@ class Book:
     Attributes:
         claim: The right to write.
         lost: Called once another server has the run.
-        cancelled: Called once somebody wants it ended.
     """
 
     def __init__(self, journal: Journal, claim: Claim, lost: Callable[[], None], cancelled: Callable[[], None]) -> None:
         self.claim = claim
         self.lost = lost
-        self.cancelled = cancelled
+        self._cancelled = cancelled
+        self._told = False
         self._journal = journal
         self._last = claim.last
 
@@ -55,11 +58,11 @@ class Book:
         """
         self._last = await self._journal.write(self.claim, events, self._last)
 
-    async def close(self, status: Ended, error: bytes | None = None) -> None:
+    async def close(self, status: Ended, error: bytes | None = None, *, keep_key: bool = True) -> None:
         """The run has ended; what another server makes of it is that one's."""
         try:
             # Its last write may still be on the way, if nobody waited for it: so no number is given.
-            await self._journal.write(self.claim, (), None, status, error)
+            await self._journal.write(self.claim, (), None, status, error, keep_key=keep_key)
         except Fenced as fenced:
             log.warning("run was taken over", run_id=self.claim.run_id, reason=str(fenced))
         finally:
@@ -73,6 +76,12 @@ class Book:
         except StoreUnavailable as error:
             log.warning("run was not released", run_id=self.claim.run_id, reason=str(error))
 
+    def cancel(self) -> None:
+        """Somebody wants the run ended; it is told once."""
+        if not self._told:
+            self._told = True
+            self._cancelled()
+
     def forget(self) -> None:
         """The lease is nobody's concern here any more."""
         self._journal.forget(self)
@@ -84,6 +93,7 @@ class _Waiting(NamedTuple):
     after: int | None
     status: StoredStatus
     error: bytes | None
+    keep_key: bool
     written: asyncio.Future[int]
 
 
@@ -99,6 +109,9 @@ class Journal:
         self._books: dict[Claim, Book] = {}
         self._waiting: deque[_Waiting] = deque()
         self._writer: asyncio.Task[None] | None = None
+        self._renewed_at = time.time()  # the clock of SQLite's leases, which knows when the machine was asleep
+        self._claims_from = 0.0
+        store.hear_cancels(self._cancel)
 
     async def write(
         self,
@@ -107,6 +120,8 @@ class Journal:
         after: int | None,
         status: StoredStatus = "running",
         error: bytes | None = None,
+        *,
+        keep_key: bool = True,
     ) -> int:
         """Return when a run's events are on the disk; the number of the last one.
 
@@ -114,7 +129,7 @@ class Journal:
             Fenced: The run is another server's by now.
         """
         written: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(claim, events, after, status, error, written))
+        self._waiting.append(_Waiting(claim, events, after, status, error, keep_key, written))
         if self._writer is None:
             self._writer = asyncio.create_task(self._write(), name="journal")
         return await written
@@ -128,7 +143,10 @@ class Journal:
                 while self._waiting and len(batch) < _TOGETHER and self._waiting[0].claim.run_id not in batch:
                     waiting = self._waiting.popleft()
                     batch[waiting.claim.run_id] = waiting
-                entries = [Entry(one.claim, one.events, one.after, one.status, one.error) for one in batch.values()]
+                entries = [
+                    Entry(one.claim, one.events, one.after, one.status, one.error, keep_key=one.keep_key)
+                    for one in batch.values()
+                ]
                 try:
                     found: Sequence[int | Exception] = await patiently(partial(self.store.write_many, entries))
                 except Exception as error:  # whoever waits is told; the writer lives on
@@ -178,13 +196,43 @@ class Journal:
         Raises:
             StoreUnavailable: As the store.
         """
+        asked = time.time()
+        if not self._books:
+            await self.store.ping()  # whether it was away is to be known all the same
         renewed = await self.store.renew(list(self._books))
+        if not self._renewed_within(_MISSED):  # their owners are to come first
+            self._claims_from = time.time() + self.store.lease_s
+        self._renewed_at = asked
         for claim in renewed.lost:
             if (book := self._books.pop(claim, None)) is not None:
                 book.lost()
         for claim in renewed.cancelled:
-            if (book := self._books.get(claim)) is not None:
-                book.cancelled()
+            self._cancel(claim.run_id)
+
+    def _cancel(self, run_id: str) -> None:
+        for book in self._books.values():
+            if book.claim.run_id == run_id:
+                book.cancel()
+
+    async def claim_lost(self, limit: int, models: Collection[str], of_batches: int | None = None) -> list[Claim]:
+        """Take runs that were left behind; none for a lease's time after one in which leases could not be renewed.
+
+        Args:
+            limit: As the store.
+            models: Likewise.
+            of_batches: Likewise.
+
+        Raises:
+            StoreUnavailable: As the store.
+        """
+        if not self._renewed_within(_CURRENT):
+            await self.renew()  # or it would take its own runs
+        if time.time() < self._claims_from:
+            return []
+        return await self.store.claim_lost(limit, models, of_batches)
+
+    def _renewed_within(self, share: float) -> bool:
+        return 0 <= time.time() - self._renewed_at < share * self.store.lease_s
 
 
 async def patiently(write: Callable[[], Awaitable[T]]) -> T:

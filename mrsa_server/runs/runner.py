@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-import orjson
 import structlog
 
 from harness.engine import EngineDead
@@ -47,10 +47,12 @@ from mrsa_server.api.errors import (
     EngineFailed,
     EngineRefused,
     EngineUnavailable,
+    KeyBusy,
     Overloaded,
     RunCancelled,
     ShuttingDown,
     TakenOver,
+    to_stored,
 )
 from mrsa_server.engines.build import ServedEngine
 from mrsa_server.metrics import Metrics, RunStatus
@@ -59,10 +61,10 @@ from mrsa_server.runs.codec import Undecodable
 from mrsa_server.runs.host import EngineHost
 from mrsa_server.runs.journal import Book, Journal
 from mrsa_server.runs.record import NewRun
-from mrsa_server.runs.store_errors import Fenced, StoreUnavailable
+from mrsa_server.runs.store_errors import Fenced, KeyTaken, StoreUnavailable
 
 if TYPE_CHECKING:  # a server without a store loads no database
-    from mrsa_server.runs.store import Claim
+    from mrsa_server.runs.store import Claim, StoredRun
 
 # An engine that dies again before any rollout has ended is not worth a sixth try.
 _MOST_DEATHS = 5
@@ -70,6 +72,8 @@ _FIRST_PAUSE_S = 0.05
 # Fewer tokens tell little of an engine's speed: the prompt and the start take their share of the seconds.
 _MEASURED_TOKENS = 512
 _CLOSING_S = 5.0  # for the last words of runs, when the server leaves; their leases end by themselves
+_LOOK_S = 1.0  # between looks for runs that were left behind
+_TOGETHER_S = 0.05  # in which places of batches that come free are filled together
 _TAKEN_AT_ONCE = 64  # runs that were left behind; others that share the store may have room too
 # What a server answers to a request that would be refused the next time too.
 _REFUSALS = frozenset({400, 413, 422})
@@ -107,6 +111,7 @@ class RoundFinished:
 
 Item = Prepared | RoundStarted | RoundFinished | Event | RolloutDelta
 Prepare = Callable[[ServedEngine], Awaitable[Prepared]]
+Revive = Callable[["StoredRun"], Prepare]
 
 
 @dataclass(slots=True)
@@ -221,7 +226,11 @@ class Run:
         deadline: When it has to have ended, on the loop's clock; waiting counts. None for whenever.
         cancelled: Whether it was told to end.
         book: Its log; None where nothing is written down.
-        adopted: Whether it was taken up from its log: nobody waits for it, so it waits for its engine.
+        detached: Whether it goes on without a reader, and waits for its engine: one in the background, or one that was
+            taken up from its log.
+        batch: Whether it is a line of a batch: it has places of its own, and yields to all others.
+        stored: Set once it is in the store, and at its end.
+        ended_at: Unix seconds, of one that is told again from its log.
     """
 
     id: str
@@ -234,7 +243,10 @@ class Run:
     failures: set[int | None] = field(default_factory=set)
     task: asyncio.Task[None] | None = field(default=None, repr=False)
     book: Book | None = field(default=None, repr=False)
-    adopted: bool = False
+    detached: bool = False
+    batch: bool = False
+    stored: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
+    ended_at: float | None = None
     clocks: dict[int, _Clock] = field(default_factory=dict)
     _subscriptions: list[Subscription] = field(default_factory=list)
     _reported: set[int] = field(default_factory=set)
@@ -257,7 +269,7 @@ class Run:
         self._left()
 
     def _left(self) -> None:
-        if not self._subscriptions and not self._waiting and not self._ended and not self.adopted:
+        if not self._subscriptions and not self._waiting and not self._ended and not self.detached:
             self.cancel()
 
     async def ended(self) -> None:
@@ -303,6 +315,7 @@ class Run:
     def end(self) -> None:
         """The last word, once the task has ended."""
         self._ended = True
+        self.stored.set()
         for subscription in self._subscriptions:
             subscription.end(self.error)
 
@@ -359,20 +372,25 @@ class Runner:
         max_runs: int,
         max_queued: int,
         engine_wait_s: float,
+        max_batch_runs: int = 256,
         journal: Journal | None = None,
     ) -> None:
         self.host = host
         self.draining = False
+        self.left = asyncio.Event()  # every run has ended here: who still follows one has to do so elsewhere
         self.tokens_per_s: float | None = None  # of the fastest rollout that was long enough to tell
         self._admission = admission
         self._metrics = metrics
         self._max_runs = max_runs
         self._max_queued = max_queued
+        self._max_batch_runs = max_batch_runs
         self._engine_wait_s = engine_wait_s
         self._journal = journal
         self._closing: set[asyncio.Task[None]] = set()  # books of runs that have ended
         self._places = asyncio.Semaphore(max_runs)
         self._runs: set[Run] = set()
+        self._batch_runs = 0  # of those
+        self._woken = asyncio.Event()  # there may be runs to take up, and room for them
         self._priority = 0
         self._judge = MathJudge()
 
@@ -402,18 +420,20 @@ class Runner:
         if self.draining:
             self._metrics.count_rejection("shutting_down")
             raise ShuttingDown
-        alive = len(self._runs)
+        alive = len(self._runs) - self._batch_runs
         if alive >= self._max_runs + self._max_queued:
             self._metrics.count_rejection("overloaded")
             raise Overloaded(self._max_runs, alive - self._max_runs)
-        run = Run(run_id, asyncio.get_running_loop().time())
+        detached = record is not None and record.background
+        run = Run(run_id, asyncio.get_running_loop().time(), detached=detached)
         if deadline_s is not None:
             run.deadline = run.begun + deadline_s
-        self._let_go(run, partial(self._begin, run, prepare, deadline_s, record))
+        self._let_go(run, partial(self._begin, run, prepare, record))
         return run
 
     def _let_go(self, run: Run, life: Callable[[], Awaitable[None]]) -> None:
         self._runs.add(run)
+        self._batch_runs += run.batch
         run.task = asyncio.create_task(self._own(run, life), name=f"run {run.id}")
         run.task.add_done_callback(lambda _: self._forget(run))
 
@@ -421,63 +441,89 @@ class Runner:
         """A run that is in flight here."""
         return next((run for run in self._runs if run.id == run_id), None)
 
-    async def adopt(self, journal: Journal, templates: Templates) -> None:
+    async def adopt(
+        self, journal: Journal, templates: Templates, models: Callable[[], Collection[str] | None], revive: Revive
+    ) -> None:
         """Take up runs that were left behind, again and again, for as long as the server lives.
 
         Args:
             journal: Where they are.
             templates: The wording that they have to have been started with.
+            models: Those whose runs can go on here, as clients name them; None while they are not known.
+            revive: How those are prepared that have not begun.
         """
-        store = journal.store
         await self.host.wait_up(None)  # one without an engine leaves them to others
-        away = False
         while not self.draining:
-            room = self._max_runs - len(self._runs)
+            room = min(_TAKEN_AT_ONCE, self._max_runs - (len(self._runs) - self._batch_runs))
+            of_batches = min(_TAKEN_AT_ONCE, self._max_batch_runs - self._batch_runs)
+            claims: list[Claim] = []
             try:
-                await journal.renew()  # or it would take its own runs, after a while without the store
-                if away:  # meanwhile every lease has ended: their owners are to come first
-                    away = False
-                    await asyncio.sleep(store.lease_s)
-                    continue
-                claims = await store.claim_lost(min(_TAKEN_AT_ONCE, room)) if room > 0 else []
+                claims = await journal.claim_lost(max(0, room), models() or (), max(0, of_batches))
                 for claim in claims:
-                    await self._take_up(journal, claim, templates)
+                    await self._take_up(journal, claim, templates, revive)
             except StoreUnavailable as error:
                 log.warning("store is away", reason=str(error))
-                claims, away = [], True
             if len(claims) < _TAKEN_AT_ONCE:
-                await asyncio.sleep(store.lease_s / 2)
+                await self._rest(min(journal.store.lease_s / 2, _LOOK_S))
 
-    async def _take_up(self, journal: Journal, claim: Claim, templates: Templates) -> None:
+    def wake(self) -> None:
+        """There may be runs to take up, or room for more of them."""
+        self._woken.set()
+
+    async def _rest(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._woken.wait()
+                await asyncio.sleep(_TOGETHER_S)
+        except TimeoutError:
+            pass
+        self._woken.clear()
+
+    async def _take_up(self, journal: Journal, claim: Claim, templates: Templates, revive: Revive) -> None:
         record = await journal.store.get(claim.run_id)
         if record is None:
             return
         unix_to_loop = asyncio.get_running_loop().time() - time.time()
         # Another server's clock may be ahead of this one's.
-        run = Run(claim.run_id, min(record.created_at, time.time()) + unix_to_loop, adopted=True)
+        begun = min(record.created_at, time.time()) + unix_to_loop
+        run = Run(claim.run_id, begun, detached=True, batch=record.batch_id is not None)
         if record.deadline_at is not None:
             run.deadline = record.deadline_at + unix_to_loop
         run.book = journal.take(claim, *_ends(run))
-        self._let_go(run, partial(self._go_on, run, journal, templates))
+        run.stored.set()
+        go_on = partial(self._go_on, run, run.book, journal, templates, partial(revive, record))
+        # To end a run takes neither its engine nor its log.
+        self._let_go(run, partial(_end, run) if record.cancel_requested else go_on)
 
-    async def _go_on(self, run: Run, journal: Journal, templates: Templates) -> None:
+    async def _go_on(
+        self, run: Run, book: Book, journal: Journal, templates: Templates, revive: Callable[[], Prepare]
+    ) -> None:
         """The further life of a run that was left behind."""
-        events = [stored.event for stored in await journal.store.events(run.id)]
-        if not events:
-            raise ApiError(500, "run_lost", "The run was lost before it had begun.", headers=NO_RETRY)
-        try:
-            run.state = replay(events, templates)
-        except ValueError as error:
-            raise ApiError(500, "run_lost", f"The run cannot go on: {error}.", headers=NO_RETRY) from None
+        log_so_far = await journal.store.events(run.id)
+        events = [stored.event for stored in log_so_far]
+        if run.batch:  # its time begins with its turn: a batch may take a day
+            waited_s = time.time() - log_so_far[0].at if log_so_far else 0.0
+            run.begun = asyncio.get_running_loop().time() - max(0.0, waited_s)
+        if events:
+            try:
+                run.state = replay(events, templates)
+            except ValueError as error:
+                raise ApiError(500, "run_lost", f"The run cannot go on: {error}.", headers=NO_RETRY) from None
+        else:
+            async with _in_time(run):
+                run.state = (await self._prepare(revive(), run)).state
+                await book.write([run.state.started])
         log.info("run is taken up", run_id=run.id, events=len(events), rollouts=len(run.state.rollouts))
         if run.state.outcome is not None:
             return
-        await self._enter()
+        if run.batch and run.state.params.deadline_s is not None:
+            run.deadline = run.begun + run.state.params.deadline_s
+        await self._enter(run)
         try:
             await self.host.wait_up(None)
             await self._drive(run, Watch.NONE)
         finally:
-            self._leave()
+            self._leave(run)
 
     def _close(self, run: Run, status: RunStatus) -> None:
         """Write down how a run ended, or leave it to others, behind the back of those who wait for its answer."""
@@ -489,8 +535,10 @@ class Runner:
         if self.draining and isinstance(run.error, ShuttingDown):
             closing = run.book.release()
         else:
-            error = None if run.error is None else orjson.dumps(run.error.body())
-            closing = run.book.close(status, error)
+            error = None if run.error is None else to_stored(run.error)
+            # As a key in memory: one whose run may be asked for again is free.
+            keep_key = not run.cancelled and (run.error is None or run.error.final)
+            closing = run.book.close(status, error, keep_key=keep_key)
         task = asyncio.create_task(closing, name=f"close run {run.id}")
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
@@ -517,6 +565,7 @@ class Runner:
         await asyncio.gather(*(run.task for run in runs if run.task is not None), return_exceptions=True)
         if self._closing:
             await asyncio.wait(self._closing, timeout=_CLOSING_S)
+        self.left.set()
 
     async def _own(self, run: Run, life: Callable[[], Awaitable[None]]) -> None:
         """The whole life of a run here; its only place where an error becomes its end."""
@@ -534,58 +583,70 @@ class Runner:
             run.error = TakenOver()
         except Exception:
             log.exception("run broke", run_id=run.id)
-            headers = NO_RETRY if run.adopted or run.clocks else ()
+            headers = NO_RETRY if run.detached or run.clocks else ()
             run.error = ApiError(500, "internal_error", "The server failed; the run has no answer.", headers=headers)
             status = "failed"
         finally:
             self._report(run, status, clock() - run.begun)
             self._close(run, status)
 
-    async def _begin(self, run: Run, prepare: Prepare, deadline_s: float | None, record: NewRun | None) -> None:
+    async def _begin(self, run: Run, prepare: Prepare, record: NewRun | None) -> None:
         """The life of a run that was submitted."""
-        try:
-            async with asyncio.timeout_at(run.deadline) as until:
-                prepared = await self._prepare(prepare)
-                if self._journal is not None and record is not None:
-                    await self._write_down(run, self._journal, record, prepared.state)
-                run.state = prepared.state
-                run.publish(prepared)
-                await self._enter()
-        except TimeoutError:
-            if deadline_s is None or not until.expired():
-                raise
-            raise DeadlinePassed(deadline_s) from None
+        async with _in_time(run):
+            if record is not None and record.background and not self.host.up:
+                await self._write_down(run, record)  # its engine may take long: whoever asked is told that it waits
+            prepared = await self._prepare(prepare, run)
+            if run.book is not None:
+                await run.book.write([prepared.state.started])
+            elif record is not None:
+                await self._write_down(run, record, prepared.state.started)
+            run.state = prepared.state
+            run.publish(prepared)
+            await self._enter(run)
         try:
             await self._drive(run, prepared.watch)
         finally:
-            self._leave()
+            self._leave(run)
 
-    async def _write_down(self, run: Run, journal: Journal, record: NewRun, state: State) -> None:
+    async def _write_down(self, run: Run, record: NewRun, *events: Event) -> None:
         """From here on the run outlives this server."""
-        record = replace(record, priority=state.started.priority)
-        run.book = await journal.open(record, [state.started], *_ends(run))
+        if self._journal is None:
+            return
+        try:
+            run.book = await self._journal.open(record, events, *_ends(run))
+        except KeyTaken:
+            raise KeyBusy from None
+        run.stored.set()
 
     def _forget(self, run: Run) -> None:
         """Let go of a run whose task has ended, even if it was cancelled before its first step."""
         self._runs.discard(run)
+        if run.batch:
+            self._batch_runs -= 1
+            self.wake()
         run.end()
 
-    async def _enter(self) -> None:
-        """Wait for one of `max_runs` places, first come, first served; `_leave` gives it back."""
+    async def _enter(self, run: Run) -> None:
+        """Wait for one of `max_runs` places, first come, first served; `_leave` gives it back.
+
+        A run of a batch is taken up where it has one already.
+        """
         self._metrics.queued.inc()
         try:
-            await self._places.acquire()
+            if not run.batch:
+                await self._places.acquire()
         finally:
             self._metrics.queued.dec()
         self._metrics.running.inc()
 
-    def _leave(self) -> None:
+    def _leave(self, run: Run) -> None:
         self._metrics.running.dec()
-        self._places.release()
+        if not run.batch:
+            self._places.release()
 
-    async def _prepare(self, prepare: Prepare) -> Prepared:
+    async def _prepare(self, prepare: Prepare, run: Run) -> Prepared:
         for deaths in range(_MOST_DEATHS):
-            await self.host.wait_up(self._engine_wait_s)
+            await self.host.wait_up(None if run.detached else self._engine_wait_s)
             try:
                 return await prepare(self.host.engine)
             except EngineDead as error:
@@ -604,7 +665,7 @@ class Runner:
         assert run.state is not None
         params = run.state.params
         plain = not params.rounds and params.population == 1
-        engine = self._admission.through(self.host.engine, run.begun, plain=plain)
+        engine = self._admission.through(self.host.engine, run.begun, plain=plain, batch=run.batch)
         lost_tokens: int | None = None
         deaths, ended = 0, 0
         while True:
@@ -641,7 +702,7 @@ class Runner:
                     if deaths > _MOST_DEATHS:
                         raise EngineUnavailable(reason)
                     await asyncio.sleep(_FIRST_PAUSE_S * 2**deaths)
-                    await self.host.wait_up(None if run.adopted else self._engine_wait_s)
+                    await self.host.wait_up(None if run.detached else self._engine_wait_s)
             except EngineUnavailable as error:
                 spent = run.state.usage.completion_tokens + run.state.charged_tokens + lost_tokens
                 raise (error.unretried() if spent else error) from None
@@ -711,9 +772,31 @@ class Runner:
         )
 
 
+@asynccontextmanager
+async def _in_time(run: Run) -> AsyncIterator[None]:
+    """Give a run no longer than its deadline, for as long as it has nothing that could be an answer.
+
+    Raises:
+        DeadlinePassed: Out of the block.
+    """
+    try:
+        async with asyncio.timeout_at(run.deadline) as until:
+            yield
+    except TimeoutError:
+        if run.deadline is None or not until.expired():
+            raise
+        raise DeadlinePassed(run.deadline - run.begun) from None
+
+
 def _ends(run: Run) -> tuple[Callable[[], None], Callable[[], None]]:
     """How the store ends a run: by giving it to another server, and because somebody asked for it."""
     return lambda: run.cancel(TakenOver()), lambda: run.cancel(RunCancelled())
+
+
+async def _end(run: Run) -> None:
+    """The further life of a run that was cancelled while nobody had it."""
+    run.cancel(RunCancelled())
+    await asyncio.sleep(0)
 
 
 def round_off(seconds: float) -> float:

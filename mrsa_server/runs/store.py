@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import wraps
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 
 import structlog
 from sqlalchemy import (
@@ -24,6 +23,7 @@ from sqlalchemy import (
     ColumnElement,
     Executable,
     Row,
+    Select,
     and_,
     bindparam,
     case,
@@ -33,29 +33,31 @@ from sqlalchemy import (
     or_,
     select,
     text,
+    tuple_,
     update,
 )
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from harness.events import Event, RolloutFinished
 from harness.types import Slot, Trace
 from mrsa_server.runs import codec, tables
 from mrsa_server.runs.bells import Bells, Progress
-from mrsa_server.runs.database import Database
-from mrsa_server.runs.record import Ended, NewRun, RunKind, StoredStatus
-from mrsa_server.runs.store_errors import Fenced, KeyTaken, NoSuchRun, RunExists, StoreError, StoreUnavailable
+from mrsa_server.runs.database import Database, Transaction
+from mrsa_server.runs.record import BATCH_ENDED, Ended, NewRun, RunKind, StoredStatus
+from mrsa_server.runs.store_errors import Fenced, KeyTaken, NoSuchRun, RunExists, StoreError
+from mrsa_server.runs.transactions import Observer, Transactions
+from mrsa_server.runs.transactions import whole as _whole
 
 _CHANNEL = "mrsa_runs"
+_CANCELS = "mrsa_cancels"
 _POLL_S = 0.25  # where nobody tells us what other processes write
 _LISTENING_POLL_S = 5.0  # beside LISTEN, in case a word was lost
 _RECONNECT_S = 1.0
 _BATCH = 500  # runs in one statement
+_FORGOTTEN = 400  # events of the runs in one transaction that deletes: with traces up to 16 MB, some 60 ms
+_BREATH_S = 0.02  # between such transactions, for writers in other processes, who ask now and then
 
 log = structlog.get_logger("mrsa.store")
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
 _runs = tables.runs.c
 _UNFINISHED = _runs.ended_at.is_(None)
 _GOING = ("queued", "running")
@@ -139,6 +141,7 @@ class RunSummary:
         last: The number of its last event.
         owner: Who holds it; None for nobody.
         cancel_requested: Whether its owner is to end it.
+        batch_id: As of `NewRun`, likewise the two after it.
     """
 
     run_id: str
@@ -156,6 +159,9 @@ class RunSummary:
     last: int
     owner: str | None
     cancel_requested: bool
+    batch_id: str | None
+    batch_line: int | None
+    custom_id: str | None
 
     @property
     def cursor(self) -> Cursor:
@@ -187,6 +193,7 @@ class RunFilter:
     status: Collection[StoredStatus] = ()
     model: str | None = None
     kind: RunKind | None = None
+    batch_id: str | None = None
     since: float | None = None
     until: float | None = None
 
@@ -198,27 +205,6 @@ class Stored:
     number: int
     at: float
     event: Event
-
-
-def _whole(
-    method: Callable[Concatenate[RunStore, _P], Coroutine[Any, Any, _T]],
-) -> Callable[Concatenate[RunStore, _P], Coroutine[Any, Any, _T]]:
-    """Let a transaction go on to its end when the one who waits for it is cancelled.
-
-    A driver that is cancelled may give up its connection as it is: with SQLite, in the middle of a transaction, whose
-    lock kept every writer out until the garbage was collected.
-    """
-
-    @wraps(method)
-    async def run(store: RunStore, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        if store._closed:
-            raise StoreUnavailable("it was closed")
-        task = asyncio.create_task(method(store, *args, **kwargs))
-        store._running.add(task)
-        task.add_done_callback(store._running.discard)
-        return await asyncio.shield(task)
-
-    return run
 
 
 class RunStore:
@@ -235,22 +221,44 @@ class RunStore:
         ValueError: The URL is for no database that is known here.
     """
 
-    def __init__(self, url: str, *, owner: str, lease_s: float, keep_traces: bool = True, wait_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        owner: str,
+        lease_s: float,
+        keep_traces: bool = True,
+        wait_s: float = 10.0,
+    ) -> None:
         self.owner = owner
         self.lease_s = lease_s
         self._keep_traces = keep_traces
         self._database = Database(url, wait_s)
         self._bells = Bells(self._look, _POLL_S)
         self._listener: asyncio.Task[None] | None = None
-        self._running: set[asyncio.Task[Any]] = set()  # transactions
-        self._closed = False
+        self._cancelled: Callable[[str], None] = lambda run_id: None
+        self.transactions = Transactions()
+
+    @property
+    def observer(self) -> Observer | None:
+        """Is told what is done here."""
+        return self.transactions.observer
+
+    @observer.setter
+    def observer(self, observer: Observer | None) -> None:
+        self.transactions.observer = observer
+
+    @property
+    def database(self) -> Database:
+        """Where the runs are."""
+        return self._database
 
     @property
     def name(self) -> str:
         """Where the runs are, without the password."""
         return self._database.name
 
-    @_whole
+    @_whole("other")
     async def open(self) -> None:
         """Find the database and its tables; a SQLite file is made and brought up to date.
 
@@ -262,27 +270,31 @@ class RunStore:
         if self._database.postgres:
             self._listener = asyncio.create_task(self._listen(), name="store listen")
 
+    def hear_cancels(self, heard: Callable[[str], None]) -> None:
+        """Have `heard` called with the id of each run that is to be cancelled, whoever has it.
+
+        At once what is asked for in this process and, with Postgres, in any. It may be called twice for one request,
+        and not at all where the database was away: `renew` tells in any case.
+        """
+        self._cancelled = heard
+
     async def aclose(self) -> None:
         """Let transactions end and close every connection. Claims stay what they are until their leases end.
 
         Whoever waits or comes later is told that the store is not available.
         """
-        self._closed = True
-        await self._settle()
+        self.transactions.closed = True
+        await self.transactions.settle()
         if self._listener is not None:
             self._listener.cancel()
             await asyncio.wait((self._listener,))
         await self._bells.aclose()
-        await self._settle()
+        await self.transactions.settle()
         await self._database.aclose()
-
-    async def _settle(self) -> None:
-        if self._running:
-            await asyncio.wait(self._running)
 
     # Writing: an owner's side.
 
-    @_whole
+    @_whole("write")
     async def create(self, record: NewRun, events: Sequence[Event] = ()) -> Claim:
         """Store a new run and claim it. Without events it is `queued`, until it gets some.
 
@@ -292,29 +304,16 @@ class RunStore:
             StoreUnavailable: Nobody knows whether it is stored; the same again is safe.
         """
         (rows,) = await _rows([events], keep_traces=self._keep_traces)
-        values = {
-            "run_id": record.run_id,
-            "kind": record.kind,
+        values = row_of(record) | {
             "status": "running" if events else "queued",
-            "model": record.model,
-            "effort": record.effort,
-            "priority": record.priority,
-            "background": record.background,
-            "created_at": record.created_at,
-            "deadline_at": record.deadline_at,
-            "idempotency_key": record.idempotency_key,
-            "body_digest": record.body_digest,
-            "body": codec.deflate(record.body),
-            "metadata": json.dumps(dict(record.metadata)),
             "events": len(events),
             "owner": self.owner,
             "fence": 1,
-            "cancel_requested": False,
         }
         try:
             async with self._database.writing() as connection:
                 now = self._database.now
-                make = postgresql.insert if self._database.postgres else sqlite.insert
+                make = self._database.insert
                 made = (
                     await connection.execute(
                         make(tables.runs)
@@ -396,7 +395,7 @@ class RunStore:
             return last
         raise last
 
-    @_whole
+    @_whole("write")
     async def write_many(self, entries: Sequence[Entry]) -> list[int | Fenced | ValueError]:
         """`append` and `finish` for many runs in one transaction: that costs little more than for one.
 
@@ -453,9 +452,11 @@ class RunStore:
                 await self._notify(connection, *(str(change["which"]) for change in changed))
         for change in changed:
             self._bells.ring(str(change["which"]))
+        if self.observer is not None and (fenced := sum(isinstance(one, Fenced) for one in found)):
+            self.observer.fenced(fenced)
         return found
 
-    @_whole
+    @_whole("renew")
     async def renew(self, claims: Collection[Claim]) -> Renewed:
         """Begin leases anew.
 
@@ -479,7 +480,7 @@ class RunStore:
             tuple(claim for claim in claims if claim in good and held[claim.run_id][1]),
         )
 
-    @_whole
+    @_whole("other")
     async def release(self, claim: Claim) -> None:
         """Give an unfinished run back: its lease ends now, and whoever comes first goes on with it.
 
@@ -494,42 +495,54 @@ class RunStore:
                 .values(owner=None, lease_until=0.0, fence=_runs.fence + 1)
             )
 
-    @_whole
-    async def claim_lost(self, limit: int) -> list[Claim]:
-        """Take unfinished runs whose lease is over, the oldest first.
+    @_whole("claim")
+    async def claim_lost(self, limit: int, models: Collection[str], of_batches: int | None = None) -> list[Claim]:
+        """Take unfinished runs whose lease is over.
+
+        Args:
+            limit: Most of those for whom somebody waits. They come first, the oldest first.
+            models: Those that are served here. A run that is to be cancelled may be of any.
+            of_batches: Most of the others, which are lines of batches; None for what is left of `limit`.
 
         Raises:
             StoreUnavailable: The database does not answer.
         """
-        now = self._database.now
-        lost = (
-            select(_runs.run_id)
-            .where(_UNFINISHED, _runs.lease_until < now)
-            .order_by(_runs.created_at, _runs.run_id)
-            .limit(limit)
-            .with_for_update(skip_locked=True)
-        )
+        theirs = or_(_runs.model.in_(models), _runs.cancel_requested)
+        lost = select(_runs.run_id).where(_UNFINISHED, _runs.lease_until < self._database.now, theirs)
+        alone = lost.where(_runs.batch_id.is_(None)).order_by(_runs.created_at, _runs.run_id)
+        batched = lost.where(_runs.batch_id.is_not(None)).order_by(_runs.batch_id, _runs.batch_line)
+        found: list[Claim] = []
+        if limit > 0:
+            found += await self._claim(alone.limit(limit))
+        left = limit - len(found) if of_batches is None else of_batches
+        if left > 0:
+            found += await self._claim(batched.limit(left))
+        if self.observer is not None and (lost_before := sum(claim.fence > 1 for claim in found)):
+            self.observer.takeovers(lost_before)  # the others are lines that nobody has had yet
+        return found
+
+    async def _claim(self, which: Select[tuple[str]]) -> list[Claim]:
+        """Take these runs, in their order."""
+        async with self._database.reading() as connection:  # every server looks every second: without a lock
+            if (await connection.execute(which)).first() is None:
+                return []
         async with self._database.writing() as connection:
-            if self._database.postgres:
-                # Read once, before the update: a subquery may be run anew for each row, and then take other rows.
-                chosen = list((await connection.execute(lost)).scalars())
-                where: ColumnElement[bool] = _runs.run_id.in_(chosen)
-            else:
-                where = _runs.run_id.in_(lost)
-            found = await connection.execute(
+            # Read once, before the update: a subquery may be run anew for each row, and then take other rows.
+            chosen = list((await connection.execute(which.with_for_update(skip_locked=True))).scalars())
+            taken = await connection.execute(
                 update(tables.runs)
-                .where(where)
-                .values(owner=self.owner, fence=_runs.fence + 1, lease_until=now + self.lease_s)
-                .returning(_runs.run_id, _runs.fence, _runs.events, _runs.created_at)
+                .where(_runs.run_id.in_(chosen))
+                .values(owner=self.owner, fence=_runs.fence + 1, lease_until=self._database.now + self.lease_s)
+                .returning(_runs.run_id, _runs.fence, _runs.events)
             )
-            rows = sorted(found, key=lambda row: (row.created_at, row.run_id))
-        return [Claim(row.run_id, row.fence, row.events) for row in rows]
+            claims = {row.run_id: Claim(row.run_id, row.fence, row.events) for row in taken}
+        return [claims[run_id] for run_id in chosen]
 
     # Writing: anybody's side.
 
-    @_whole
+    @_whole("other")
     async def request_cancel(self, run_id: str) -> bool:
-        """Ask the owner of a run to end it, wherever it is: `renew` tells. Its idempotency key is free at once.
+        """Ask the owner of a run to end it, wherever it is (`hear_cancels`). Its idempotency key is free at once.
 
         Returns:
             Whether there was anything to cancel.
@@ -543,9 +556,13 @@ class RunStore:
                 .where(_runs.run_id == run_id, _UNFINISHED)
                 .values(cancel_requested=True, idempotency_key=null())
             )
-            return bool(found.rowcount)
+            if not found.rowcount:
+                return False
+            await self._notify(connection, run_id, channel=_CANCELS)
+        self._cancelled(run_id)
+        return True
 
-    @_whole
+    @_whole("other")
     async def delete(self, run_id: str) -> bool:
         """Forget a run with its events and traces; an owner that still works on it is fenced.
 
@@ -570,28 +587,37 @@ class RunStore:
     ) -> Pruned:
         """Forget what has been kept long enough, counted from the end of a run; None keeps it for ever.
 
-        In small transactions, so that no writer waits long.
+        In small transactions with pauses, so that no writer waits long.
 
         Raises:
             StoreUnavailable: The database does not answer; what was pruned before is gone.
         """
         runs = traces = keys = 0
         if runs_older_than_s is not None:
-            while batch := await self._ended_before(runs_older_than_s):
-                await self._execute(delete(tables.runs).where(_runs.run_id.in_(batch)))
-                runs += len(batch)
+            async for batch in self._ended_before(runs_older_than_s):
+                runs += await self._execute(delete(tables.runs).where(_runs.run_id.in_(batch)))
         if traces_older_than_s is not None:
             has_traces = select(tables.traces.c.run_id).where(tables.traces.c.run_id == _runs.run_id).exists()
-            while batch := await self._ended_before(traces_older_than_s, has_traces):
+            async for batch in self._ended_before(traces_older_than_s, has_traces):
                 await self._execute(delete(tables.traces).where(tables.traces.c.run_id.in_(batch)))
                 traces += len(batch)
         if keys_older_than_s is not None:
-            while batch := await self._ended_before(keys_older_than_s, _runs.idempotency_key.is_not(None)):
-                await self._execute(update(tables.runs).where(_runs.run_id.in_(batch)).values(idempotency_key=null()))
-                keys += len(batch)
+            freed = update(tables.runs).values(idempotency_key=null())
+            async for batch in self._ended_before(keys_older_than_s, _runs.idempotency_key.is_not(None)):
+                keys += await self._execute(freed.where(_runs.run_id.in_(batch)))
         return Pruned(runs, traces, keys)
 
     # Reading.
+
+    @_whole("read")
+    async def ping(self) -> None:
+        """See whether the database answers.
+
+        Raises:
+            StoreUnavailable: It does not.
+        """
+        async with self._database.reading() as connection:
+            await connection.execute(select(1))
 
     async def get(self, run_id: str) -> StoredRun | None:
         """A run with its request and its result; None if there is none.
@@ -609,7 +635,7 @@ class RunStore:
         """
         return await self._one(_runs.idempotency_key == idempotency_key)
 
-    @_whole
+    @_whole("read")
     async def list_runs(
         self, which: RunFilter | None = None, *, before: Cursor | None = None, limit: int = 50
     ) -> list[RunSummary]:
@@ -631,6 +657,8 @@ class RunStore:
             query = query.where(_runs.model == which.model)
         if which.kind is not None:
             query = query.where(_runs.kind == which.kind)
+        if which.batch_id is not None:
+            query = query.where(_runs.batch_id == which.batch_id)
         if which.since is not None:
             query = query.where(_runs.created_at >= which.since)
         if which.until is not None:
@@ -642,7 +670,18 @@ class RunStore:
         async with self._database.reading() as connection:
             return [RunSummary(**_summary(row)) for row in await connection.execute(query.limit(limit))]
 
-    @_whole
+    @_whole("read")
+    async def runs_of_batch(self, batch_id: str, after: int = 0, limit: int = 50) -> list[StoredRun]:
+        """Runs of a batch, whole, by their lines from `after` on; fewer than `limit` are the last.
+
+        Raises:
+            StoreUnavailable: The database does not answer.
+        """
+        query = select(*_WHOLE).where(_runs.batch_id == batch_id, _runs.batch_line > after)
+        async with self._database.reading() as connection:
+            return [_stored(row) for row in await connection.execute(query.order_by(_runs.batch_line).limit(limit))]
+
+    @_whole("read")
     async def events(self, run_id: str, after: int = 0, limit: int | None = None) -> list[Stored]:
         """The log of a run beyond a number, all of it by default.
 
@@ -664,7 +703,7 @@ class RunStore:
             lambda: [Stored(row.number, row.at, codec.decode(row.kind, row.body)) for row in rows]
         )
 
-    @_whole
+    @_whole("read")
     async def trace(self, run_id: str, slot: Slot) -> Trace | None:
         """The trace of a rollout; None where there is none, or none any more.
 
@@ -679,7 +718,7 @@ class RunStore:
             body = (await connection.execute(query)).scalar()
         return None if body is None else codec.decode_trace(body)
 
-    @_whole
+    @_whole("read")
     async def traces(self, run_id: str, round: int | None = None) -> dict[Slot, Trace]:
         """The traces of a run, or of one of its rounds.
 
@@ -720,22 +759,24 @@ class RunStore:
     def _held(self, claim: Claim) -> ColumnElement[bool]:
         return and_(_UNFINISHED, _runs.owner == self.owner, _runs.fence == claim.fence)
 
-    @_whole
-    async def _execute(self, statement: Executable) -> None:
+    @_whole("prune")
+    async def _execute(self, statement: Executable) -> int:
+        """Write to so many rows."""
         async with self._database.writing() as connection:
-            await connection.execute(statement)
+            return (await connection.execute(statement)).rowcount
 
-    async def _notify(self, connection: AsyncConnection, *run_ids: str) -> None:
+    async def _notify(self, connection: Transaction, *run_ids: str, channel: str = _CHANNEL) -> None:
         if self._database.postgres:  # heard once the transaction is committed, and not if it is undone
             await connection.execute(
                 text("SELECT pg_notify(:channel, :run_id)"),
-                [{"channel": _CHANNEL, "run_id": run_id} for run_id in run_ids],
+                [{"channel": channel, "run_id": run_id} for run_id in run_ids],
             )
 
     async def _listen(self) -> None:
+        heard = {_CHANNEL: self._bells.ring, _CANCELS: lambda run_id: self._cancelled(run_id)}
         while True:
             with suppress(StoreError):
-                async with self._database.listening(_CHANNEL, self._bells.ring) as lost:
+                async with self._database.listening(heard) as lost:
                     self._bells.poll_s = _LISTENING_POLL_S
                     self._bells.ring_all()  # for what was said while nobody listened
                     await lost.wait()
@@ -744,7 +785,7 @@ class RunStore:
             self._bells.ring_all()  # they find out whether the database is gone too
             await asyncio.sleep(_RECONNECT_S)
 
-    @_whole
+    @_whole("read")
     async def _look(self, run_ids: Collection[str]) -> Mapping[str, Progress]:
         found: dict[str, Progress] = {}
         for batch in _batches(list(run_ids)):
@@ -754,33 +795,50 @@ class RunStore:
             found |= {row.run_id: Progress(row.events, row.ended_at is not None) for row in rows}
         return found
 
-    @_whole
+    @_whole("read")
     async def _one(self, which: ColumnElement[bool]) -> StoredRun | None:
-        names = (*_SUMMARY, "body", "body_digest", "result", "error")
         async with self._database.reading() as connection:
-            row = (await connection.execute(select(*(_runs[name] for name in names)).where(which))).first()
-        if row is None:
-            return None
-        return StoredRun(
-            **_summary(row),
-            body=codec.inflate(row.body),
-            body_digest=row.body_digest,
-            result=None if row.result is None else codec.inflate(row.result),
-            error=None if row.error is None else codec.inflate(row.error),
-        )
+            row = (await connection.execute(select(*_WHOLE).where(which))).first()
+        return None if row is None else _stored(row)
 
-    @_whole
+    @_whole("read")
     async def _is_ours(self, run_id: str) -> bool:
         """Whether a run was made by a write of this store that we thought lost."""
         query = select(_runs.run_id).where(_runs.run_id == run_id, _runs.owner == self.owner, _runs.fence == 1)
         async with self._database.reading() as connection:
             return (await connection.execute(query)).first() is not None
 
-    @_whole
-    async def _ended_before(self, seconds: float, *which: ColumnElement[bool]) -> list[str]:
-        query = select(_runs.run_id).where(_runs.ended_at < self._database.now - seconds, *which).limit(_BATCH)
+    async def _ended_before(self, seconds: float, *which: ColumnElement[bool]) -> AsyncIterator[list[str]]:
+        """Runs that have ended so long ago, a few at a time, each once."""
+        place = tuple_(_runs.ended_at, _runs.run_id)
+        ended = select(tables.batches.c.batch_id).where(tables.batches.c.status.in_(BATCH_ENDED))
+        # What a batch is still to answer with is kept until it has.
+        answered = or_(_runs.batch_id.is_(None), _runs.batch_id.in_(ended))
+        query = (
+            select(_runs.run_id, _runs.ended_at, _runs.events)
+            .where(_runs.ended_at < self._database.now - seconds, answered, *which)
+            .order_by(_runs.ended_at, _runs.run_id)
+            .limit(_BATCH)
+        )
+        page = await self._page(query)
+        while page:
+            batch: list[str] = []
+            events = 0
+            for row in page:
+                if batch and events + row.events > _FORGOTTEN:
+                    yield batch
+                    await asyncio.sleep(_BREATH_S)
+                    batch, events = [], 0
+                batch.append(row.run_id)
+                events += row.events
+            yield batch
+            page = await self._page(query.where(place > (page[-1].ended_at, page[-1].run_id)))
+
+    @_whole("prune")
+    async def _page(self, query: Select[Any]) -> Sequence[Row[Any]]:
         async with self._database.reading() as connection:
-            return list((await connection.execute(query)).scalars())
+            rows: Sequence[Row[Any]] = (await connection.execute(query)).all()
+            return rows
 
 
 _SUMMARY = (
@@ -799,12 +857,50 @@ _SUMMARY = (
     "events",
     "owner",
     "cancel_requested",
+    "batch_id",
+    "batch_line",
+    "custom_id",
 )
 
 
 def _summary(row: Row[Any]) -> dict[str, Any]:
     found = {name: value for name, value in row._mapping.items() if name in _SUMMARY}
     return found | {"metadata": json.loads(found["metadata"]), "last": found.pop("events")}
+
+
+_WHOLE = tuple(_runs[name] for name in (*_SUMMARY, "body", "body_digest", "result", "error"))
+
+
+def _stored(row: Row[Any]) -> StoredRun:
+    return StoredRun(
+        **_summary(row),
+        body=codec.inflate(row.body),
+        body_digest=row.body_digest,
+        result=None if row.result is None else codec.inflate(row.result),
+        error=None if row.error is None else codec.inflate(row.error),
+    )
+
+
+def row_of(record: NewRun) -> dict[str, object]:
+    """The columns of a run that is to be stored; who has it and how far it is are the caller's."""
+    return {
+        "run_id": record.run_id,
+        "kind": record.kind,
+        "model": record.model,
+        "effort": record.effort,
+        "priority": record.priority,
+        "background": record.background,
+        "created_at": record.created_at,
+        "deadline_at": record.deadline_at,
+        "idempotency_key": record.idempotency_key,
+        "body_digest": record.body_digest,
+        "body": codec.deflate(record.body),
+        "metadata": json.dumps(dict(record.metadata)),
+        "cancel_requested": False,
+        "batch_id": record.batch_id,
+        "batch_line": record.batch_line,
+        "custom_id": record.custom_id,
+    }
 
 
 class _Rows(NamedTuple):
@@ -821,9 +917,7 @@ def _event_rows(run_id: str, after: int, at: float, rows: _Rows) -> list[dict[st
     ]
 
 
-async def _insert(
-    connection: AsyncConnection, events: list[dict[str, object]], traces: list[dict[str, object]]
-) -> None:
+async def _insert(connection: Transaction, events: list[dict[str, object]], traces: list[dict[str, object]]) -> None:
     if events:
         await connection.execute(insert(tables.events), events)
     if traces:

@@ -2,14 +2,18 @@
 
 Each user asks one question with N=16, T=1: 32 upstream calls with F=16, 5 with F=1, in two stages. The bare client
 sends the same calls in the same two stages and does nothing else. Upstream, server and client are processes apart.
+Further flags are the server's: by default it stores its runs in a file, here in a folder that is gone afterwards, and
+with `--state-dir none` in memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -37,9 +41,10 @@ class Figures(NamedTuple):
 
 
 @contextmanager
-def process(*words: str) -> Iterator[psutil.Process]:
+def process(*words: str, **environment: str) -> Iterator[psutil.Process]:
     """Python in a process of its own, ended with the block."""
-    with subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL) as child:
+    surroundings = os.environ | environment
+    with subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, env=surroundings) as child:
         try:
             yield psutil.Process(child.pid)
         finally:
@@ -148,15 +153,16 @@ def main() -> None:
     parser.add_argument("--delay", type=float, default=1.0, help="seconds a call")
     parser.add_argument("--tokens", type=int, default=16, help="tokens a call")
     parser.add_argument("--level", type=int, default=3, choices=(1, 2, 3), help="how the upstream speaks")
-    options = parser.parse_args()
+    options, flags = parser.parse_known_args()
     ports = free_port(), free_port()
     upstream, url = (f"http://127.0.0.1:{port}" for port in ports)
     fake = ["-m", "tests.helpers.fake_upstream", "--port", str(ports[0]), "--delay", str(options.delay)]
     fake += ["--tokens", str(options.tokens), "--level", str(options.level)]
     serve = ["-c", "from mrsa_server.cli import main; main()", "serve", "--engine", "openai", "--log-level", "warning"]
     serve += ["--engine-url", f"{upstream}/v1", "--port", str(ports[1])]
-    with process(*fake), process(*serve) as server:
-        uvloop.run(run(options, upstream, url, server))
+    with tempfile.TemporaryDirectory() as state:
+        with process(*fake), process(*serve, *flags, XDG_STATE_HOME=state) as server:
+            uvloop.run(run(options, upstream, url, server))
 
 
 if __name__ == "__main__":

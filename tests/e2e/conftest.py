@@ -10,7 +10,7 @@ from tests.helpers.processes import serving
 
 
 @pytest.fixture(scope="session")
-def scripted_url() -> Iterator[str]:
+def scripted_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Base URL of `mrsa serve --engine scripted`, with `/v1`."""
-    with serving("--engine", "scripted") as (_, url):
+    with serving("--engine", "scripted", "--state-dir", str(tmp_path_factory.mktemp("state"))) as (_, url):
         yield f"{url}/v1"

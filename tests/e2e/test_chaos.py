@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import json
 import random
-import subprocess
-import sys
 from collections import Counter
 from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from harness.events import RunResumed
 from mrsa_server.runs.store import RunFilter, RunStore
-from tests.helpers.ports import free_port
-from tests.helpers.processes import wait_ready
+from tests.helpers.processes import Replica, wait_ready
 from tests.helpers.replicas import check_log, log_of, upgrade
 from tests.helpers.serving import CHAT, ask
 
@@ -35,24 +34,6 @@ SIZES = {
     "final_tokens": 400,
     "budget_tokens": BUDGET,
 }
-
-
-class Replica:
-    """One `mrsa serve`, that can be killed and comes back on its port."""
-
-    def __init__(self, store_url: str) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._env = os.environ | {"MRSA_DATABASE_URL": store_url, "MRSA_LEASE_S": str(LEASE_S)}
-        self.start()
-
-    def start(self) -> None:
-        words = [sys.executable, "-m", "mrsa_server", "serve", "--engine", "scripted", "--port", str(self.port)]
-        self.process = subprocess.Popen([*words, "--log-level", "error"], env=self._env)
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
 
 
 async def submit(replicas: list[Replica], stream: random.Random) -> None:
@@ -87,7 +68,7 @@ async def submit(replicas: list[Replica], stream: random.Random) -> None:
 
 async def chaos(store_url: str, count: int, seed: int) -> None:
     stream = random.Random(seed)
-    replicas = [Replica(store_url) for _ in range(count)]
+    replicas = [Replica(store_url, LEASE_S) for _ in range(count)]
     store = RunStore(store_url, owner="test", lease_s=LEASE_S)
     try:
         for replica in replicas:
@@ -137,3 +118,67 @@ def test_runs_outlive_servers_that_are_killed_at_random(store_url: str) -> None:
     asyncio.run(upgrade(store_url))
     replicas = 1 if store_url.startswith("sqlite") else 2
     asyncio.run(chaos(store_url, replicas, seed=1))
+
+
+async def read(url: str, number: int, stream: random.Random) -> list[dict[str, Any]]:
+    """Every event of one response in the background, over however many connections it takes."""
+    seen: list[dict[str, Any]] = []
+    body = {"model": "scripted-mrsa", "input": f"What is {number} times seven?", "background": True}
+    body |= {"reasoning": {"summary": "detailed"}, "mrsa": {**SIZES, "population": 6, "rounds": 8, "seed": number}}
+    async with httpx.AsyncClient(base_url=url, timeout=60) as client, asyncio.timeout(120):
+        response_id = None
+        while not seen or seen[-1]["type"] != "response.completed":
+            try:
+                if response_id is None:  # the key makes one response of however many requests
+                    created = await client.post("/v1/responses", json=body, headers={"idempotency-key": f"n{number}"})
+                    response_id = created.json()["id"]
+                query = {"stream": "true"} | ({"starting_after": str(seen[-1]["sequence_number"])} if seen else {})
+                async with client.stream("GET", f"/v1/responses/{response_id}", params=query) as response:
+                    if response.status_code == 503:
+                        await asyncio.sleep(0.2)
+                        continue
+                    assert response.status_code == 200, await response.aread()
+                    async for line in response.aiter_lines():
+                        if line.startswith("data: {"):
+                            event = json.loads(line.removeprefix("data: "))
+                            if event["type"] == "error":
+                                break
+                            seen.append(event)
+                        if stream.random() < 0.02:
+                            break
+            except (httpx.TransportError, KeyError):
+                await asyncio.sleep(0.1)
+        done = (await client.get(f"/v1/responses/{response_id}")).json()
+    assert seen[-1]["response"] == done
+    return seen
+
+
+async def test_streams_in_the_background_are_whole_over_killed_servers(tmp_path: Path) -> None:
+    stream = random.Random(11)
+    replica = Replica(f"sqlite:///{tmp_path / 'runs.db'}", LEASE_S)
+    try:
+        await asyncio.to_thread(wait_ready, replica.url)
+        async with asyncio.TaskGroup() as tasks:
+            reading = [tasks.create_task(read(replica.url, number, random.Random(number))) for number in range(12)]
+            kills = 0
+            while kills < 4:
+                await asyncio.sleep(0.3 + stream.random())
+                if not all(task.done() for task in reading):
+                    replica.kill()
+                    replica.start()
+                kills += 1
+        for task in reading:
+            seen = task.result()
+            assert [event["sequence_number"] for event in seen] == list(range(len(seen)))
+            text = "".join(event["delta"] for event in seen if event["type"] == "response.output_text.delta")
+            assert text == seen[-1]["response"]["output"][-1]["content"][0]["text"]
+        store = RunStore(f"sqlite:///{tmp_path / 'runs.db'}", owner="test", lease_s=LEASE_S)
+        await store.open()
+        logs = [await log_of(store, run.run_id) for run in await store.list_runs()]
+        await store.aclose()
+        assert len(logs) == 12, "one for each key"
+        for log in logs:
+            check_log(log)
+        assert any(isinstance(event, RunResumed) for log in logs for event in log)
+    finally:
+        replica.kill()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import random
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -119,10 +121,90 @@ async def test_it_raises_what_breaks_in_a_stream(client: openai.AsyncOpenAI) -> 
     assert caught.value.code == "deadline_exceeded"
 
 
+async def test_it_makes_a_response_in_the_background_and_retrieves_it(client: openai.AsyncOpenAI) -> None:
+    first = await client.responses.create(model=MODEL, input=QUESTION, background=True, extra_body=MRSA)
+    assert first.status in ("queued", "in_progress")
+    async with asyncio.timeout(20):
+        while True:
+            done = await client.responses.retrieve(first.id)
+            if done.status not in ("queued", "in_progress"):
+                break
+            await asyncio.sleep(0.05)
+    assert done.status == "completed"
+    assert "boxed" in done.output_text
+    items = [item async for item in client.responses.input_items.list(first.id)]
+    assert items[0].content[0].text == QUESTION  # type: ignore[union-attr]
+    second = await client.responses.create(
+        model=MODEL, input="Sure?", previous_response_id=first.id, background=False, extra_body=MRSA
+    )
+    assert second.previous_response_id == first.id
+    assert len([item async for item in client.responses.input_items.list(second.id, limit=2)]) == 3
+    await client.responses.delete(first.id)
+    with pytest.raises(openai.NotFoundError):
+        await client.responses.retrieve(first.id)
+
+
+async def test_it_goes_on_with_a_stream_that_was_cut(client: openai.AsyncOpenAI) -> None:
+    stream = await client.responses.create(
+        model=MODEL,
+        input=QUESTION,
+        background=True,
+        stream=True,
+        reasoning={"summary": "detailed"},
+        extra_body=MRSA,
+    )
+    seen: list[Any] = []
+    async for event in stream:
+        seen.append(event)
+        if len(seen) == 5:
+            break
+    await stream.close()
+    response_id = seen[0].response.id
+    cut = random.Random(4)
+    while seen[-1].type != "response.completed":
+        after = seen[-1].sequence_number
+        async with await client.responses.retrieve(response_id, stream=True, starting_after=after) as rest:
+            async for event in rest:
+                seen.append(event)
+                if cut.random() < 0.2:
+                    break
+    assert [event.sequence_number for event in seen] == list(range(len(seen)))
+    text = "".join(event.delta for event in seen if event.type == "response.output_text.delta")
+    done = await client.responses.retrieve(response_id)
+    assert done.output_text == text == seen[-1].response.output_text
+    assert "boxed" in text
+
+
+async def test_its_stream_of_a_response_that_is_there_accumulates(client: openai.AsyncOpenAI) -> None:
+    first = await client.responses.create(model=MODEL, input=QUESTION, background=True, extra_body=MRSA)
+    async with client.responses.stream(response_id=first.id) as stream:
+        numbers = [event.sequence_number async for event in stream]
+        whole = await stream.get_final_response()
+    async with client.responses.stream(response_id=first.id, starting_after=3) as stream:
+        rest = [event.sequence_number async for event in stream]
+        again = await stream.get_final_response()
+    assert numbers[4:] == rest
+    assert whole.output_text == again.output_text
+    assert "boxed" in whole.output_text
+
+
+async def test_it_cancels(client: openai.AsyncOpenAI) -> None:
+    sizes = {"population": 8, "rounds": 8, "set_size": 2, "tail_tokens": 8, "seed": 7}
+    first = await client.responses.create(
+        model=MODEL, input=QUESTION, background=True, extra_body={"mrsa": sizes}, reasoning={"effort": "max"}
+    )
+    assert (await client.responses.cancel(first.id)).status == "cancelled"
+    assert (await client.responses.retrieve(first.id)).status == "cancelled"
+
+
 async def test_it_raises_typed_errors(client: openai.AsyncOpenAI) -> None:
     with pytest.raises(openai.NotFoundError):
         await client.responses.create(model="other", input=QUESTION)
-    for field in ({"background": True}, {"previous_response_id": "resp_1"}):
+    fields: Any
+    for fields, param in (
+        ({"background": True, "store": False}, "background"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+    ):
         with pytest.raises(openai.BadRequestError) as caught:
-            await client.responses.create(model=MODEL, input=QUESTION, **field)  # type: ignore[call-overload]
-        assert caught.value.param == next(iter(field))
+            await client.responses.create(model=MODEL, input=QUESTION, **fields)
+        assert caught.value.param == param

@@ -15,8 +15,9 @@ from harness.markovian_rsa import State, replay
 from harness.prompts import load_templates
 from harness.scripted import Script, ScriptedEngine, Speed
 from harness.types import Slot
+from mrsa_server.runs import tables
 from mrsa_server.runs.database import Database
-from mrsa_server.runs.store import RunStore, RunSummary
+from mrsa_server.runs.store import Claim, RunStore, RunSummary
 from tests.helpers.serving import in_memory
 
 SIZES = {"population": 4, "rounds": 2, "set_size": 2, "tail_tokens": 32, "rollout_tokens": 300, "final_tokens": 300}
@@ -26,7 +27,7 @@ LEASE_S = 0.4
 
 @asynccontextmanager
 async def replica(engine: ScriptedEngine, url: str, **settings: object) -> AsyncIterator[httpx.AsyncClient]:
-    async with in_memory(engine, database_url=url, lease_s=LEASE_S, **settings) as client:
+    async with in_memory(engine, **{"database_url": url, "lease_s": LEASE_S} | settings) as client:
         yield client
 
 
@@ -97,6 +98,15 @@ async def only_run(store: RunStore, events: int = 1) -> str:
                 if run.last >= events and run.ended_at is None:
                     return run.run_id
             await asyncio.sleep(0.01)
+
+
+async def stolen(store: RunStore) -> Claim:
+    """The run, taken from its owner as if that had not renewed its lease for long enough."""
+    while True:
+        async with store._database.writing() as connection:
+            await connection.execute(tables.runs.update().values(lease_until=0.0))
+        if found := await store.claim_lost(1, ["scripted-mrsa"]):  # unless the owner was faster
+            return found[0]
 
 
 async def upgrade(store_url: str) -> None:

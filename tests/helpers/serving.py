@@ -29,12 +29,17 @@ def ask(model: str = "scripted-mrsa", **fields: Any) -> dict[str, Any]:
     return {"model": model, "messages": QUESTION, **fields}
 
 
+def scripted_app(engine: ServedEngine | None, settings: dict[str, Any]) -> FastAPI:
+    """The application over a scripted engine; without a store, unless the settings name one."""
+    return create_app(Settings(**{"engine": "scripted", "state_dir": "none"} | settings), engine or ScriptedEngine())
+
+
 @asynccontextmanager
 async def in_memory(
     engine: ServedEngine | None = None, *, up: bool = True, **settings: Any
 ) -> AsyncIterator[httpx.AsyncClient]:
     """The application without a socket; a response comes when it is whole. With `up` the engine is waited for."""
-    app = create_app(Settings(engine="scripted", **settings), engine or ScriptedEngine())
+    app = scripted_app(engine, settings)
     async with app.router.lifespan_context(app):
         if up:
             await app.state.runner.host.wait_up(5)
@@ -49,7 +54,7 @@ async def on_port(
     engine: ServedEngine | None = None, *, at: int = 0, **settings: Any
 ) -> AsyncIterator[tuple[str, FastAPI]]:
     """The server behind uvicorn, on a free port or `at` one; its URL and the application."""
-    app = create_app(Settings(engine="scripted", **settings), engine or ScriptedEngine())
+    app = scripted_app(engine, settings)
     config = uvicorn.Config(
         app, port=at, http=Unpipelined, ws="none", lifespan="on", log_config=None, timeout_graceful_shutdown=1
     )

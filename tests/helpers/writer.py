@@ -37,7 +37,7 @@ async def write(url: str, log: list[Event]) -> None:
     await store.open()
     print("writing", flush=True)
     while True:
-        claims = await store.claim_lost(1)
+        claims = await store.claim_lost(1, ["m"])
         if claims:
             (claim,) = claims
         else:

@@ -268,7 +268,7 @@ async def test_a_field_that_only_says_how_to_report_starts_nothing() -> None:
 
 async def test_what_breaks_inside_is_a_500_that_tells_nothing() -> None:
     async with in_memory() as client:
-        del client.app.state.chat  # type: ignore[attr-defined]
+        del client.app.state.asking  # type: ignore[attr-defined]
         response = await client.post(CHAT, json=ask())
     assert response.status_code == 500
     assert response.json()["error"]["message"] == "The server failed."

@@ -6,6 +6,8 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
+from typing import Any
 
 from harness.events import (
     RunFinished,
@@ -13,7 +15,7 @@ from harness.events import (
 from harness.markovian_rsa import replay
 from harness.scripted import ScriptedEngine
 from mrsa_server.runs import tables
-from mrsa_server.runs.store import Claim, RunStore
+from mrsa_server.runs.store import RunStore
 from tests.helpers.postgres import Postgres
 from tests.helpers.replicas import (
     LEASE_S,
@@ -25,9 +27,12 @@ from tests.helpers.replicas import (
     replica,
     running,
     slow,
+    stolen,
     until_ended,
 )
 from tests.helpers.serving import CHAT, ask, in_memory
+
+MODEL = "scripted-mrsa"
 
 
 async def test_a_run_is_written_down_and_its_log_gives_its_answer(store: RunStore, store_url: str) -> None:
@@ -54,7 +59,7 @@ async def test_a_run_whose_client_leaves_is_cancelled_and_stays_so(store: RunSto
         run = await until_ended(store, run_id)
         asking.cancel()
     assert run.status == "cancelled"
-    assert await store.claim_lost(9) == []
+    assert await store.claim_lost(9, [MODEL]) == []
 
 
 async def test_a_server_that_leaves_hands_its_runs_on(store: RunStore, store_url: str) -> None:
@@ -75,15 +80,6 @@ async def test_a_server_that_leaves_hands_its_runs_on(store: RunStore, store_url
     after = await log_of(store, run_id)
     assert after[: len(before)] == before
     check_log(after)
-
-
-async def stolen(store: RunStore) -> Claim:
-    """The run, taken from its owner as if that had not renewed its lease for long enough."""
-    while True:
-        async with store._database.writing() as connection:
-            await connection.execute(tables.runs.update().values(lease_until=0.0))
-        if found := await store.claim_lost(1):  # unless the owner was faster
-            return found[0]
 
 
 async def test_a_server_that_freezes_is_fenced_and_its_run_ends_once(store: RunStore, store_url: str) -> None:
@@ -115,6 +111,50 @@ async def test_a_run_is_cancelled_from_another_replica(store: RunStore, store_ur
         assert response.json()["error"]["code"] == "run_cancelled"
         run = await until_ended(store, run_id)
     assert run.status == "cancelled"
+
+
+async def test_a_cancel_takes_no_renewal_to_be_heard(store: RunStore, store_url: str) -> None:
+    async with replica(slow(0.05), store_url, lease_s=60.0) as client, replica(slow(), store_url) as other:
+        for elsewhere in (False, True) if store._database.postgres else (False,):
+            asking = asyncio.create_task(client.post(CHAT, json=ask(mrsa=SIZES)))
+            run_id = await only_run(store, events=3)
+            began = time.perf_counter()
+            for _ in range(3):  # once is enough, and more do no harm
+                await (other if elsewhere else client).delete(f"/v1/runs/{run_id}")
+            assert (await asking).status_code == 409
+            assert time.perf_counter() - began < 5  # of the 20 to its next renewal
+            assert (await until_ended(store, run_id)).status == "cancelled"
+
+
+async def left_behind(store: RunStore, store_url: str, **settings: Any) -> str:
+    """The id of a run whose server has left in the midst of it."""
+    async with replica(slow(0.02), store_url, **settings) as client:
+        asking = asyncio.create_task(client.post(CHAT, json=ask(f"{settings['served_model']}-mrsa", mrsa=SIZES)))
+        run_id = await only_run(store, events=3)
+        await client.app.state.runner.drain(0)  # type: ignore[attr-defined]
+        await asking
+    return run_id
+
+
+async def test_a_run_goes_on_only_where_its_model_is_served(store: RunStore, store_url: str) -> None:
+    first = await left_behind(store, store_url, served_model="one")
+    async with replica(slow(), store_url, served_model="other"):
+        await asyncio.sleep(3 * LEASE_S)
+        run = await store.get(first)
+        assert run is not None
+        assert run.ended_at is None
+        assert run.owner is None
+        async with replica(slow(), store_url, served_model="one"):
+            assert (await until_ended(store, first)).status == "finished"
+
+
+async def test_a_run_of_a_model_that_nobody_serves_can_be_cancelled(store: RunStore, store_url: str) -> None:
+    first = await left_behind(store, store_url, served_model="one")
+    async with replica(slow(), store_url, served_model="other") as client:
+        assert (await client.delete(f"/v1/runs/{first}")).json()["cancel_requested"]
+        assert (await until_ended(store, first)).status == "cancelled"
+        shown = (await client.get(f"/v1/runs/{first}")).json()
+        assert shown["error"]["code"] == "run_cancelled"
 
 
 async def test_budgets_hold_over_a_takeover(store: RunStore, store_url: str) -> None:

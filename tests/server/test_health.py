@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from typing import cast
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from harness.engine import EngineError
+from harness.events import DeadlineReached
 from harness.scripted import Script, ScriptedEngine
 from harness.types import RolloutRequest
 from mrsa_server.metrics import Metrics
+from mrsa_server.runs.journal import Journal
+from mrsa_server.runs.pulse import Pulse
+from mrsa_server.runs.store import Claim, RunStore
+from mrsa_server.runs.store_errors import Fenced
+from tests.helpers.postgres import Postgres
+from tests.helpers.replicas import SIZES, only_run, replica, slow, stolen, until_ended
 from tests.helpers.serving import CHAT, SMALL, ask, in_memory
 
 NAMES = {
@@ -56,6 +67,95 @@ async def test_metrics_say_what_runs_did() -> None:
         == body["usage"]["completion_tokens"]
     )
     assert values["mrsa_answer_agreement_sum",] == 1
+
+
+def value(text: str, line: str) -> float:
+    """What a line of Prometheus' text says."""
+    return float(next(found.rpartition(" ")[2] for found in text.splitlines() if found.startswith(line + " ")))
+
+
+async def test_metrics_say_what_the_store_does(store: RunStore, store_url: str) -> None:
+    async with replica(slow(0.02), store_url) as client:
+        asking = asyncio.create_task(client.post(CHAT, json=ask(mrsa=SIZES)))
+        run_id = await only_run(store, events=3)
+        taken = await stolen(store)
+        assert (await asking).status_code == 503
+        journal: Journal = client.app.state.runner._journal  # type: ignore[attr-defined]
+        with pytest.raises(Fenced):  # it may have learnt of it by its renewal
+            await journal.store.append(Claim(run_id, 1, 0), [DeadlineReached()])
+        text = (await client.get("/metrics")).text
+        assert value(text, "mrsa_store_up") == 1
+        assert value(text, 'mrsa_store_seconds_count{operation="write"}') > 2
+        assert value(text, 'mrsa_store_seconds_count{operation="claim"}') >= 1
+        assert value(text, "mrsa_fenced_writes_total") >= 1
+        assert value(text, "mrsa_lease_takeovers_total") == 0
+        await store.release(taken)
+        await until_ended(store, run_id)
+        assert value((await client.get("/metrics")).text, "mrsa_lease_takeovers_total") == 1
+
+
+async def test_a_server_is_not_ready_while_its_store_is_away_and_lives_all_the_same(
+    postgres: Postgres, template: str
+) -> None:
+    async with replica(slow(), postgres.url(postgres.make(template))) as client:
+        assert (await client.get("/health/ready")).status_code == 200
+        await asyncio.to_thread(postgres.stop)
+        try:
+            await asyncio.sleep(1)  # as long as an answer counts
+            ready = await client.get("/health/ready")
+            assert ready.status_code == 503
+            assert ready.json()["error"]["code"] == "not_ready"
+            assert "store is away" in ready.json()["error"]["message"]
+            assert (await client.get("/health/live")).status_code == 200
+            assert value((await client.get("/metrics")).text, "mrsa_store_up") == 0
+        finally:
+            await asyncio.to_thread(postgres.start)
+        async with asyncio.timeout(20):
+            status = 503
+            while status != 200:
+                await asyncio.sleep(0.2)
+                status = (await client.get("/health/ready")).status_code
+        assert value((await client.get("/metrics")).text, "mrsa_store_up") == 1
+
+
+class Silent:
+    """A store that never answers."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    async def ping(self) -> None:
+        self.asked += 1
+        await asyncio.Event().wait()
+
+
+async def test_a_store_that_says_nothing_is_asked_once_and_found_out_in_time() -> None:
+    store = Silent()
+    pulse = Pulse(cast("RunStore", store), wait_s=0.2)
+    began = time.perf_counter()
+    found = [*await asyncio.gather(*(pulse.check() for _ in range(50))), await pulse.check()]
+    assert time.perf_counter() - began < 2
+    assert found == ["no answer within 0.2 s"] * 51
+    assert store.asked == 1
+    await pulse.aclose()
+
+
+async def test_a_store_that_has_just_answered_is_not_asked_again() -> None:
+    class Counting(Silent):
+        async def ping(self) -> None:
+            self.asked += 1
+
+    store = Counting()
+    pulse = Pulse(cast("RunStore", store))
+    assert [await pulse.check() for _ in range(20)] == [None] * 20
+    assert store.asked == 1
+
+
+async def test_a_server_without_a_store_has_no_metrics_of_it() -> None:
+    async with in_memory() as client:
+        text = (await client.get("/metrics")).text
+    assert "mrsa_store" not in text
+    assert "mrsa_lease" not in text
 
 
 def test_two_servers_of_one_process_share_no_metrics() -> None:

@@ -108,7 +108,7 @@ async def test_a_run_ends_when_its_last_reader_has_left_and_frees_its_key(stream
         assert engine.total_requests == asked + 2
         third.cancel()
         await asyncio.sleep(0.2)
-        assert not app.state.chat.keys._entries
+        assert not app.state.asking.keys._entries
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -137,7 +137,7 @@ async def test_an_error_that_cost_tokens_is_answered_again_and_any_other_tried_a
 async def test_ended_runs_are_kept_for_some_time_and_in_some_number() -> None:
     engine = ScriptedEngine()
     async with in_memory(engine, max_idempotency_keys=2, idempotency_keep_s=0.3) as client:
-        keys = client.app.state.chat.keys  # type: ignore[attr-defined]
+        keys = client.app.state.asking.keys  # type: ignore[attr-defined]
         for number in range(4):
             await client.post(CHAT, json=ask("scripted"), headers={"idempotency-key": str(number)})
             await asyncio.sleep(0.01)

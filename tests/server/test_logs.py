@@ -47,7 +47,7 @@ async def test_the_log_of_a_run_that_broke_tells_where_and_nothing_of_the_prompt
     messages = [{"role": "user", "content": SECRET}]
     async with in_memory(Broken()) as client:
         assert (await client.post(CHAT, json=ask(mrsa=SMALL, messages=messages))).status_code == 500
-        del client.app.state.chat  # type: ignore[attr-defined]
+        del client.app.state.asking  # type: ignore[attr-defined]
         assert (await client.post(CHAT, json=ask(messages=messages))).status_code == 500
     written = capsys.readouterr().err
     assert "run broke" in written

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import sqlite3
 import stat
@@ -10,15 +11,15 @@ import subprocess
 import sys
 import time
 from array import array
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from pydantic import SecretStr
-from sqlalchemy import Connection, text
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, create_engine, inspect, text
 
 from harness.events import DeadlineReached, Event, RolloutFinished, RunFailed, RunFinished
 from harness.markovian_rsa import replay
@@ -28,7 +29,7 @@ from mrsa_server import migrations
 from mrsa_server.cli import main
 from mrsa_server.runs import tables
 from mrsa_server.runs.bells import Progress
-from mrsa_server.runs.database import Database
+from mrsa_server.runs.database import Database, _upgrade
 from mrsa_server.runs.store import Claim, Cursor, Entry, NewRun, RunFilter, RunStore
 from mrsa_server.runs.store_errors import Fenced, KeyTaken, NoSuchRun, RunExists, SchemaMismatch, StoreUnavailable
 from mrsa_server.settings import Settings
@@ -37,6 +38,7 @@ from tests.helpers.writer import LEASE_S, whole_log
 
 SHORT_S = 0.15
 EVENT = DeadlineReached()
+MODELS = ("m",)
 
 
 def new(run_id: str = "run", key: str | None = None, digest: bytes = b"", created_at: float = 1.0) -> NewRun:
@@ -202,7 +204,7 @@ async def test_a_frozen_owner_is_fenced(store_url: str) -> None:
         await asyncio.sleep(SHORT_S * 1.3)
         assert await frozen.append(claim, [EVENT]) == 2  # late, but nobody has taken it
         await asyncio.sleep(SHORT_S * 1.3)
-        assert await taker.claim_lost(9) == [taken := Claim("run", 2, 2)]
+        assert await taker.claim_lost(9, MODELS) == [taken := Claim("run", 2, 2)]
         for write in (
             frozen.append(claim, [EVENT]),
             frozen.append(claim, [EVENT], after=1),
@@ -221,7 +223,7 @@ async def test_an_owner_that_takes_its_own_run_again_has_one_claim(store_url: st
     async with opened(store_url, lease_s=SHORT_S) as (store,):
         old = await store.create(new())
         await asyncio.sleep(SHORT_S * 1.3)
-        (again,) = await store.claim_lost(1)
+        (again,) = await store.claim_lost(1, MODELS)
         with pytest.raises(Fenced):
             await store.append(old, [EVENT])
         assert await store.renew([old, again]) == ((old,), ())
@@ -240,7 +242,7 @@ async def test_nobody_writes_to_a_run_that_has_ended_or_is_gone(store_url: str) 
         with pytest.raises(Fenced):
             await store.finish(ended, "failed")
         assert (await store.renew([ended, gone])).lost == (ended, gone)
-        assert await store.claim_lost(9) == []
+        assert await store.claim_lost(9, MODELS) == []
 
 
 async def test_a_lease_that_is_renewed_is_not_lost(store_url: str) -> None:
@@ -249,7 +251,7 @@ async def test_a_lease_that_is_renewed_is_not_lost(store_url: str) -> None:
         for _ in range(5):
             await asyncio.sleep(0.25)
             assert await store.renew(claims) == ((), ())
-            assert await other.claim_lost(9) == []
+            assert await other.claim_lost(9, MODELS) == []
 
 
 async def test_a_run_that_is_given_back_is_anybodys_at_once(store_url: str) -> None:
@@ -258,20 +260,20 @@ async def test_a_run_that_is_given_back_is_anybodys_at_once(store_url: str) -> N
         await store.release(claim)
         with pytest.raises(Fenced):
             await store.append(claim, [EVENT])
-        assert await other.claim_lost(9) == [Claim("run", 3, 1)]
+        assert await other.claim_lost(9, MODELS) == [Claim("run", 3, 1)]
 
 
 async def test_each_lost_run_is_taken_once_and_the_oldest_first(store_url: str) -> None:
     async with opened(store_url, "gone") as (gone,), opened(store_url, *"abc") as takers:
         for age in range(30):
             await gone.release(await gone.create(new(f"run {age:02}", created_at=1000.0 - age)))
-        assert [claim.run_id for claim in await takers[0].claim_lost(2)] == ["run 29", "run 28"]
+        assert [claim.run_id for claim in await takers[0].claim_lost(2, MODELS)] == ["run 29", "run 28"]
         found: list[str] = []
 
         async def take(store: RunStore) -> None:
             misses = 0
             while misses < 3:  # what another is about to take is passed over
-                claims = await store.claim_lost(3)
+                claims = await store.claim_lost(3, MODELS)
                 misses = 0 if claims else misses + 1
                 found.extend(claim.run_id for claim in claims)
 
@@ -279,6 +281,16 @@ async def test_each_lost_run_is_taken_once_and_the_oldest_first(store_url: str) 
             for store in takers:
                 tasks.create_task(take(store))
         assert sorted(found) == [f"run {age:02}" for age in range(28)]
+
+
+async def test_a_lost_run_is_taken_by_who_serves_its_model_or_where_it_is_only_to_be_ended(store_url: str) -> None:
+    async with opened(store_url, "gone", "taker") as (gone, taker):
+        for name in ("one", "other", "cancelled"):
+            await gone.release(await gone.create(NewRun(name, "response", b"", name, created_at=1.0)))
+        await taker.request_cancel("cancelled")
+        assert [claim.run_id for claim in await taker.claim_lost(9, ["other", "none"])] == ["cancelled", "other"]
+        assert await taker.claim_lost(9, []) == []
+        assert [claim.run_id for claim in await taker.claim_lost(9, ["one"])] == ["one"]
 
 
 async def test_a_cancel_reaches_the_owner_in_another_replica(store_url: str) -> None:
@@ -293,6 +305,25 @@ async def test_a_cancel_reaches_the_owner_in_another_replica(store_url: str) -> 
         await store.finish(claim, "cancelled")
         assert not await other.request_cancel("run")
         assert not await other.request_cancel("nothing")
+
+
+@pytest.mark.parametrize("replicas", ["a", "ab"])
+async def test_a_cancel_is_heard_at_once(store_url: str, replicas: str) -> None:
+    async with opened(store_url, *replicas) as stores:
+        heard = asyncio.Queue[str]()
+        stores[0].hear_cancels(heard.put_nowait)
+        await stores[0].create(new())
+        await asyncio.sleep(0.1)  # until it listens
+        began = time.perf_counter()
+        assert await stores[-1].request_cancel("run")
+        if len(replicas) == 2 and not stores[0]._database.postgres:
+            with pytest.raises(TimeoutError):  # another process on the same file has only `renew`
+                await asyncio.wait_for(heard.get(), 0.1)
+            return
+        assert await asyncio.wait_for(heard.get(), 5) == "run"
+        assert time.perf_counter() - began < 2
+        assert not await stores[-1].request_cancel("other")
+        assert "other" not in [heard.get_nowait() for _ in range(heard.qsize())]
 
 
 async def test_a_key_stands_for_one_run(store_url: str) -> None:
@@ -489,7 +520,7 @@ async def test_a_store_that_comes_back_works_again(postgres: Postgres, template:
                 store.append(claim, [EVENT], after=1),
                 store.get("run"),
                 store.renew([claim]),
-                store.claim_lost(1),
+                store.claim_lost(1, MODELS),
                 RunStore(url, owner="c", lease_s=1).open(),
                 waiting,
             ):
@@ -543,6 +574,55 @@ async def test_the_tables_that_migrations_make_are_those_that_queries_see(store_
         assert await connection.run_sync(differences) == []
 
 
+def test_the_head_is_the_last_step_of_the_migrations() -> None:
+    assert ScriptDirectory.from_config(migrations._config()).get_current_head() == migrations.HEAD
+
+
+def test_a_new_file_has_the_tables_that_migrations_would_make(tmp_path: Path) -> None:
+    def made(make: Callable[[Connection], None], name: str) -> dict[str, object]:
+        engine = create_engine(f"sqlite:///{tmp_path / name}")
+        with engine.begin() as connection:
+            make(connection)
+            found = inspect(connection)
+            tables: dict[str, object] = {
+                table: (
+                    sorted(({**column, "type": str(column["type"])} for column in found.get_columns(table)), key=str),
+                    found.get_pk_constraint(table),
+                    found.get_foreign_keys(table),
+                    found.get_unique_constraints(table),
+                )
+                for table in found.get_table_names()
+            }
+            for index in connection.execute(text("SELECT name, sql FROM sqlite_master WHERE type = 'index'")):
+                tables[index.name] = index.sql
+            assert migrations.current(connection) == migrations.HEAD
+        engine.dispose()
+        return tables
+
+    assert made(_upgrade, "new.db") == made(migrations.upgrade, "migrated.db")
+
+
+def test_a_server_on_a_file_loads_no_orm_no_alembic_and_no_driver_of_another_database(tmp_path: Path) -> None:
+    program = (
+        "import asyncio, sys\n"
+        "from mrsa_server.app import open_journal\n"
+        "from mrsa_server.settings import Settings\n"
+        "async def main():\n"
+        "    journal = await open_journal(Settings(engine='scripted'))\n"
+        "    await journal.store.list_runs()\n"
+        "    await journal.store.aclose()\n"
+        "asyncio.run(main())\n"
+        "print([name for name in ('sqlalchemy.orm', 'alembic', 'asyncpg', 'sqlalchemy.dialects.postgresql')"
+        " if name in sys.modules])\n"
+    )
+    for _ in ("new", "there already"):
+        environment = os.environ | {"XDG_STATE_HOME": str(tmp_path)}
+        said = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment
+        )
+        assert said.stdout.splitlines()[-1] == "[]"
+
+
 async def test_servers_may_make_a_file_at_once(tmp_path: Path) -> None:
     # They locked one another out, some time in ten, while each put the file into WAL mode.
     for round in range(6):
@@ -573,9 +653,9 @@ def test_db_makes_the_tables(
     monkeypatch.setenv("MRSA_DATABASE_URL", postgres.url(postgres.make()))
     for words, status, said in (
         ("current", 1, "no tables"),
-        ("upgrade", 0, migrations.head()),
-        ("upgrade", 0, migrations.head()),
-        ("current", 0, migrations.head()),
+        ("upgrade", 0, migrations.HEAD),
+        ("upgrade", 0, migrations.HEAD),
+        ("current", 0, migrations.HEAD),
     ):
         assert main(["db", words]) == status
         assert said in capsys.readouterr().out
@@ -608,31 +688,18 @@ def test_a_password_is_never_told(
     assert "hunter2" not in said.out + said.err
 
 
-def test_runs_are_stored_where_somebody_says(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert Settings().store_url is None
-    assert main(["db", "current"]) == 3
-    assert "Set MRSA_DATABASE_URL, or give --state-dir" in capsys.readouterr().err
-    monkeypatch.setenv("MRSA_STATE_DIR", "/elsewhere")
-    assert Settings().store_url == SecretStr("sqlite+aiosqlite:////elsewhere/runs.db")
-    monkeypatch.setenv("MRSA_DATABASE_URL", "postgresql://me@localhost/runs")
-    assert Settings().store_url == SecretStr("postgresql://me@localhost/runs")
-    monkeypatch.undo()
-    assert main(["db", "upgrade", "--state-dir", str(tmp_path)]) == 0
-    assert (tmp_path / "runs.db").exists()
-
-
 async def test_many_runs_are_written_in_one_transaction_and_each_is_judged_by_itself(store_url: str) -> None:
     async with opened(store_url, "a", "b", lease_s=0.01) as (store, other):
         claims = {name: await store.create(new(name)) for name in ("going", "ends", "ended", "taken", "wrong", "again")}
         await store.finish(claims["ended"], "failed")
         await store.append(claims["again"], [EVENT], after=0)
         await asyncio.sleep(0.05)
-        gone = {claim.run_id: claim for claim in await other.claim_lost(9)}
+        gone = {claim.run_id: claim for claim in await other.claim_lost(9, MODELS)}
         for name in ("going", "ends", "wrong", "again"):  # it has them back
             await other.release(gone[name])
-        back = {claim.run_id: claim for claim in await store.claim_lost(9)}  # the taken one too, where time flies
+        back = {
+            claim.run_id: claim for claim in await store.claim_lost(9, MODELS)
+        }  # the taken one too, where time flies
         claims |= {name: claim for name, claim in back.items() if name != "taken"}
         entries = [
             Entry(claims["going"], [finished(0), EVENT], after=0),

@@ -141,9 +141,31 @@ Object.assign(checks, {
     const done = await client.responses.parse({ model, input, mrsa, text });
     assert.deepEqual(JSON.parse(done.output_text), { result: 1 });
   },
+  async "goes on with a response in the background where its stream was cut"() {
+    const stream = await client.responses.create({ model, input, mrsa, reasoning, background: true, stream: true });
+    const seen = [];
+    for await (const event of stream) {
+      seen.push(event);
+      if (seen.length === 6) break;
+    }
+    const id = seen[0].response.id;
+    const after = seen.at(-1).sequence_number;
+    for await (const event of await client.responses.retrieve(id, { stream: true, starting_after: after })) seen.push(event);
+    assert.deepEqual(seen.map((event) => event.sequence_number), seen.map((_, number) => number));
+    const text = seen.filter((event) => event.type === "response.output_text.delta").map((event) => event.delta).join("");
+    assert.equal((await client.responses.retrieve(id)).output_text, text);
+    assert.match(text, /boxed/);
+    const whole = client.responses.stream({ response_id: id });
+    assert.equal((await whole.finalResponse()).output_text, text);
+  },
+  async "cancels a response in the background"() {
+    const large = { population: 8, rounds: 8, set_size: 2, tail_tokens: 8 };
+    const { id } = await client.responses.create({ model, input, mrsa: large, background: true });
+    assert.equal((await client.responses.cancel(id)).status, "cancelled");
+  },
   async "throws what a response cannot be"() {
     await assert.rejects(
-      client.responses.create({ model, input, background: true }),
+      client.responses.create({ model, input, background: true, store: false }),
       (error) => error instanceof OpenAI.BadRequestError && error.param === "background",
     );
     const late = { ...mrsa, deadline_s: 0.03 };

@@ -1,0 +1,28 @@
+"""What the commands share that ask a running server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import httpx
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mrsa_server.client import lines
+
+
+@given(st.lists(st.text().map(lambda text: text.replace("\n", "").encode()), min_size=1), st.integers(1, 9))
+def test_a_line_ends_at_its_newline_alone_however_it_arrives(written: list[bytes], size: int) -> None:
+    whole = b"\n".join(written)
+
+    def parts() -> Iterator[bytes]:
+        for start in range(0, len(whole), size):
+            yield whole[start : start + size]
+
+    found = list(lines(httpx.Response(200, content=parts())))
+    assert found == (written if written[-1] else written[:-1])
+
+
+def test_a_word_of_a_model_ends_no_line() -> None:
+    said = 'data: {"text": "one\u2028two\x0b\x85"}'.encode()
+    assert list(lines(httpx.Response(200, content=said + b"\n\n"))) == [said, b""]
