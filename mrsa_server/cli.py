@@ -28,6 +28,8 @@ _COMMANDS = (
     _Command("plan", "forecast wall times, tokens and cost of a load on a fleet", "mrsa_server.plan"),
     _Command("runs", "list, show, follow, cancel and export stored runs", "mrsa_server.history"),
     _Command("export", "write stored runs as training data for trl", "mrsa_server.export"),
+    _Command("doctor", "say what this machine can serve, what is missing and what mends it", "mrsa_server.doctor"),
+    _Command("model", "check a ZAYA1 on disk, without a GPU", "mrsa_server.model"),
     _Command("db", "make or upgrade the tables that runs are stored in", "mrsa_server.db"),
 )
 
