@@ -58,8 +58,8 @@ class Settings(BaseSettings):
         "embedded",
         title=_ENGINE,
         description="where the model runs: `embedded` (a small model on this CPU, nothing to set up), "
-        "`vllm` (in this process), `openai` (any OpenAI-compatible server, see --engine-url), "
-        "`scripted` (no model: made-up text, for trying out)",
+        "`vllm` (in this process; what --model alone means), `openai` (any OpenAI-compatible server; what --engine-url "
+        "means), `scripted` (no model: made-up text, for trying out)",
     )
     model: str | None = Field(
         None,
@@ -237,6 +237,14 @@ class Settings(BaseSettings):
         if self.default_temperature is not None:
             return self.default_temperature
         return 0.3 if self.engine == "embedded" else 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _engine_by_what_it_is_given(cls, given: dict[str, object]) -> dict[str, object]:
+        if given.get("engine") is not None:
+            return given
+        named = [name for name in ("engine_url", "model") if given.get(name) is not None]
+        return {**given, "engine": {"engine_url": "openai", "model": "vllm"}[named[0]]} if named else given
 
     @model_validator(mode="after")
     def _engine_and_model_agree(self) -> Settings:

@@ -80,3 +80,17 @@ def test_a_server_loads_nothing_for_terminals() -> None:
     )
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert said.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize(
+    ("words", "engine"),
+    [
+        ((), "embedded"),
+        (("--model", "Zyphra/ZAYA1-8B"), "vllm"),
+        (("--engine-url", "http://localhost:1/v1"), "openai"),
+        (("--engine-url", "http://localhost:1/v1", "--model", "m"), "openai"),
+        (("--engine", "scripted", "--model", "m"), "scripted"),
+    ],
+)
+def test_what_is_given_names_the_engine(words: tuple[str, ...], engine: str) -> None:
+    assert settings(*words).engine == engine
