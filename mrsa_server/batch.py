@@ -164,6 +164,9 @@ class _Command:
 
     def run(self) -> int:
         """From wherever it stands to the results."""
+        if self._output.exists() and self._arguments.problems.exists():
+            if self._output.samefile(self._arguments.problems):
+                raise Failed(f"{self._output} holds the problems: results go into a file of their own")
         if self._output.exists() and not self._arguments.force:
             raise Failed(f"{self._output} is there already: --force overwrites it")
         if not self._output.parent.is_dir():

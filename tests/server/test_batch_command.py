@@ -128,6 +128,10 @@ async def test_problems_are_answered_in_their_order(
     assert sorted(os.listdir(tmp_path)) == ["p.jsonl", "r.jsonl", "state"]
     assert await batch(problems, "-o", output, "--url", url, *MRSA) == 1
     assert "--force overwrites it" in capsys.readouterr().err
+    before = problems.read_bytes()
+    assert await batch(problems, "-o", problems, "--force", "--url", url, *MRSA) == 1
+    assert "holds the problems" in capsys.readouterr().err
+    assert problems.read_bytes() == before
     written(problems, {"problem": "again"})
     assert await batch(problems, "-o", output, "--url", url, *MRSA, "--force") == 0
     assert len(read(output)) == 1
