@@ -15,7 +15,19 @@ _SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 3600)
 
 RunStatus = Literal["finished", "stopped", "failed", "cancelled", "refused"]
 StoreOperation = Literal["write", "read", "renew", "claim", "prune", "other"]
-Rejection = Literal["overloaded", "shutting_down", "connections"]
+Rejection = Literal[
+    "overloaded",
+    "shutting_down",
+    "connections",
+    "unauthorized",
+    "forbidden",
+    "body",
+    "prompt_tokens",
+    "budget",
+    "key_runs",
+    "key_tokens",
+    "key_concurrent",
+]
 
 
 class Metrics:

@@ -23,6 +23,7 @@ from mrsa_server import logs
 from mrsa_server.api.errors import Crowded, to_response
 from mrsa_server.app import QUIET, RequestScope, create_app, open_journal, places
 from mrsa_server.descriptors import raise_limit
+from mrsa_server.keyring import KeyRing
 from mrsa_server.metrics import Metrics
 from mrsa_server.runs.host import EngineHost, Health
 from mrsa_server.runs.runner import Runner
@@ -39,7 +40,10 @@ _FAILED = 3  # exit status of a server whose engine or store cannot start, as uv
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A flag for each setting that has a group; what is not given is left to the environment and the defaults."""
     parser.usage = "mrsa serve [flags]"
-    parser.epilog = "Every flag is also an environment variable, named in brackets; MRSA_ENGINE_API_KEY has no flag."
+    parser.epilog = (
+        "Every flag is also an environment variable, named in brackets; MRSA_ENGINE_API_KEY, MRSA_DATABASE_URL and "
+        "MRSA_KEYS, which hold secrets, have no flag."
+    )
     groups: dict[str, argparse._ArgumentGroup] = {}
     for name, info in Settings.model_fields.items():
         if info.title is None:
@@ -88,8 +92,9 @@ def run(arguments: argparse.Namespace) -> int:
     settings = read_settings(vars(arguments), parser)
     logs.configure(settings.log_level, settings.log_format)
     try:
+        KeyRing.of(settings)
         settings = asyncio.run(_with_store(settings))
-    except (ValueError, StoreError) as error:  # the former of a URL that cannot be read
+    except (ValueError, StoreError) as error:  # the former of a URL that cannot be read, or of keys
         print(f"mrsa serve: {error}", file=sys.stderr)
         return _FAILED
     raise_limit()

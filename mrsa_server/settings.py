@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from enum import StrEnum
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -106,8 +107,30 @@ class Settings(BaseSettings):
         "gone is found out after 15",
     )
 
-    host: str = Field("127.0.0.1", title=_SERVER, description="address to listen on; there are no API keys yet")
+    host: str = Field(
+        "127.0.0.1",
+        title=_SERVER,
+        description="address to listen on; one that others can reach needs keys, or --open",
+    )
     port: int = Field(8000, ge=0, le=65_535, title=_SERVER, description="port to listen on; 0 takes a free one")
+    keys_file: Path | None = Field(
+        None,
+        title=_SERVER,
+        description="file of API keys, one in a line (`mrsa keys new` makes them), read anew when it changes; "
+        "MRSA_KEYS holds such lines too. Without keys anybody may ask",
+    )
+    keys: SecretStr | None = Field(None, description="API keys beside those of --keys-file, as its lines")
+    open: bool = Field(
+        False,
+        title=_SERVER,
+        description="let anybody ask at an address that others can reach, where there are no keys",
+    )
+    metrics_open: bool = Field(
+        False,
+        title=_SERVER,
+        description="let anybody read /metrics; by default that takes a key with the scope `metrics`, where there are "
+        "keys",
+    )
     served_model: str | None = Field(
         None, title=_SERVER, description="name of the model towards clients; the method is served as NAME-mrsa"
     )
@@ -246,6 +269,20 @@ class Settings(BaseSettings):
         named = [name for name in ("engine_url", "model") if given.get(name) is not None]
         return {**given, "engine": {"engine_url": "openai", "model": "vllm"}[named[0]]} if named else given
 
+    @property
+    def has_keys(self) -> bool:
+        """Whether a key is needed to ask."""
+        return self.keys_file is not None or self.keys is not None
+
+    @model_validator(mode="after")
+    def _open_on_purpose(self) -> Settings:
+        if not (self.has_keys or self.open or _is_loopback(self.host)):
+            raise ValueError(
+                f"--host {self.host} can be reached by others, and there are no keys: give --keys-file or "
+                "MRSA_KEYS, or --open (MRSA_OPEN) where anybody may ask"
+            )
+        return self
+
     @model_validator(mode="after")
     def _engine_and_model_agree(self) -> Settings:
         if self.engine == "openai" and self.engine_url is None:
@@ -255,3 +292,11 @@ class Settings(BaseSettings):
         if self.engine == "embedded" and self.model is not None:
             raise ValueError("--engine embedded has a model of its own: --model (MRSA_MODEL) is for the other engines")
         return self
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether nobody but this machine reaches an address; what a name stands for may change, so it counts as none."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from harness.types import InvalidParams
 from mrsa_server.api.asking import AskService, Route, read_body
+from mrsa_server.api.auth import needs
 from mrsa_server.api.batches_wire import ENDPOINTS, batch_object, hours, parse_batch, spent_of
 from mrsa_server.api.errors import NO_RETRY, ApiError, BadRequest, KeyInUse, of_params
 from mrsa_server.api.files import find_file, not_stored
@@ -23,6 +24,7 @@ from mrsa_server.api.idempotency import digest_of, read_key
 from mrsa_server.api.query import integer, query
 from mrsa_server.api.sse import ClientGone
 from mrsa_server.api.stored import answer_of
+from mrsa_server.keyring import Scope
 from mrsa_server.runs.requests import Answered, Checked, Requests
 
 if TYPE_CHECKING:  # a server without a store loads no database
@@ -64,6 +66,7 @@ def _service(request: Request) -> BatchesService:
 
 
 @router.post("/v1/batches")
+@needs(Scope.INFERENCE)
 async def create_batch(request: Request) -> Response:
     """Begin a batch: `input_file_id`, `endpoint`, `completion_window`, `metadata`, `output_expires_after`."""
     from mrsa_server.runs.batch_store import NewBatch  # it is there, since there is a store
@@ -109,6 +112,7 @@ async def _same(service: BatchesService, batch: StoredBatch, digest: bytes) -> R
 
 
 @router.get("/v1/batches")
+@needs(Scope.INFERENCE)
 async def list_batches(request: Request) -> Response:
     """A page of batches, the newest first, from the one `after` on."""
     service = _service(request)
@@ -131,6 +135,7 @@ async def list_batches(request: Request) -> Response:
 
 
 @router.get("/v1/batches/{batch_id}")
+@needs(Scope.INFERENCE)
 async def get_batch(request: Request, batch_id: str) -> Response:
     """A batch and how far it is."""
     service = _service(request)
@@ -141,6 +146,7 @@ async def get_batch(request: Request, batch_id: str) -> Response:
 
 
 @router.post("/v1/batches/{batch_id}/cancel")
+@needs(Scope.INFERENCE)
 async def cancel_batch(request: Request, batch_id: str) -> Response:
     """End a batch; what has an answer by then is in its output."""
     service = _service(request)

@@ -12,10 +12,12 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response, StreamingResponse
 
 from harness.selection import MathJudge
+from mrsa_server.api.auth import needs
 from mrsa_server.api.errors import BadRequest
 from mrsa_server.api.query import boolean, integer, moment, one_of, query
 from mrsa_server.api.runs import RUN_NAME, RunsService
 from mrsa_server.api.training import Exporter, Form, Only, Rounds, Thinking, Wanted
+from mrsa_server.keyring import Scope
 from mrsa_server.runs.record import Ended, StoredStatus
 
 if TYPE_CHECKING:  # a server without a store loads no database
@@ -51,6 +53,7 @@ class _Asked:
 
 
 @router.get("/v1/export")
+@needs(Scope.RUNS_READ)
 async def export(request: Request) -> Response:
     """Rows of `format` sft or rl, the newest run first, however many there are; memory holds one run at a time.
 

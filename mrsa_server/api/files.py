@@ -18,10 +18,12 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.responses import Response, StreamingResponse
 
+from mrsa_server.api.auth import needs
 from mrsa_server.api.batches_wire import LONGEST_S, file_object, parse_expiry
 from mrsa_server.api.errors import ApiError, BadRequest
 from mrsa_server.api.query import integer, one_of, query
 from mrsa_server.api.sse import ClientGone
+from mrsa_server.keyring import Scope
 from mrsa_server.runs.record import FilePurpose
 from mrsa_server.runs.store_errors import StoreUnavailable
 
@@ -63,6 +65,7 @@ def _files(request: Request) -> tuple[FilesService, FileStore]:
 
 
 @router.post("/v1/files")
+@needs(Scope.INFERENCE)
 async def upload_file(request: Request) -> Response:
     """Store a file of requests, sent as a form: `file`, `purpose` (batch) and `expires_after`."""
     service, files = _files(request)
@@ -169,6 +172,7 @@ def _too_large(max_bytes: int) -> ApiError:
 
 
 @router.get("/v1/files")
+@needs(Scope.INFERENCE)
 async def list_files(request: Request) -> Response:
     """A page of files, the newest first unless `order` is `asc`; by `purpose`, from the file `after` on."""
     _, files = _files(request)
@@ -193,6 +197,7 @@ async def list_files(request: Request) -> Response:
 
 
 @router.get("/v1/files/{file_id}")
+@needs(Scope.INFERENCE)
 async def get_file(request: Request, file_id: str) -> Response:
     """What is known of a file."""
     _, files = _files(request)
@@ -200,6 +205,7 @@ async def get_file(request: Request, file_id: str) -> Response:
 
 
 @router.get("/v1/files/{file_id}/content")
+@needs(Scope.INFERENCE)
 async def file_content(request: Request, file_id: str) -> Response:
     """What is in a file."""
     _, files = _files(request)
@@ -213,6 +219,7 @@ async def file_content(request: Request, file_id: str) -> Response:
 
 
 @router.delete("/v1/files/{file_id}")
+@needs(Scope.INFERENCE)
 async def delete_file(request: Request, file_id: str) -> Response:
     """Forget a file. A batch that has read it goes on; one that has not fails."""
     _, files = _files(request)

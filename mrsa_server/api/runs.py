@@ -21,11 +21,13 @@ from harness.events import RunFailed, RunFinished
 from harness.markovian_rsa import State, fold
 from harness.prompts import Templates
 from harness.types import Slot, TokenIds, Trace
+from mrsa_server.api.auth import needs
 from mrsa_server.api.errors import ApiError, BadRequest, EngineFailed, EngineUnavailable
 from mrsa_server.api.query import integer, one_of, query
 from mrsa_server.api.sse import KEEP_ALIVE, EventStream
 from mrsa_server.api.stored import further, log_of, unavailable
 from mrsa_server.api.wire import echo
+from mrsa_server.keyring import Scope
 from mrsa_server.runs.codec import KINDS
 from mrsa_server.runs.record import RunKind, StoredStatus
 from mrsa_server.runs.runner import Runner
@@ -71,6 +73,7 @@ def _store(request: Request) -> tuple[RunsService, RunStore]:
 
 
 @router.get("/v1/runs")
+@needs(Scope.RUNS_READ)
 async def list_runs(request: Request) -> Response:
     """A page of runs, the newest first; by `status`, `model`, `kind`, `batch`; `limit` of them `after` one."""
     from mrsa_server.runs.store import RunFilter  # it is there, since there is a store
@@ -109,6 +112,7 @@ async def list_runs(request: Request) -> Response:
 
 
 @router.get("/v1/runs/{run_id}")
+@needs(Scope.RUNS_READ)
 async def get_run(request: Request, run_id: str) -> Response:
     """A run with all its rounds and rollouts, who reads whom, tails, answers and usage."""
     service, store = _store(request)
@@ -117,6 +121,7 @@ async def get_run(request: Request, run_id: str) -> Response:
 
 
 @router.delete("/v1/runs/{run_id}")
+@needs(Scope.RUNS_WRITE)
 async def cancel_run(request: Request, run_id: str) -> Response:
     """End a run, wherever it is; one that has ended stays as it is."""
     _, store = _store(request)
@@ -127,6 +132,7 @@ async def cancel_run(request: Request, run_id: str) -> Response:
 
 
 @router.get("/v1/runs/{run_id}/events")
+@needs(Scope.RUNS_READ)
 async def run_events(request: Request, run_id: str) -> Response:
     """The events of a run as a stream, numbered by `id:`; from `after` or `Last-Event-ID` on, up to its end.
 
@@ -144,6 +150,7 @@ async def run_events(request: Request, run_id: str) -> Response:
 
 
 @router.get("/v1/runs/{run_id}/export")
+@needs(Scope.RUNS_READ)
 async def export_run(request: Request, run_id: str) -> Response:
     """The log of a run as JSON lines."""
     _, store = _store(request)
@@ -153,6 +160,7 @@ async def export_run(request: Request, run_id: str) -> Response:
 
 
 @router.get("/v1/runs/{run_id}/traces/{round}/{index}")
+@needs(Scope.RUNS_READ)
 async def run_trace(request: Request, run_id: str, round: str, index: str) -> Response:
     """All that one rollout generated, as ids and, where the engine is up, as text."""
     service, store = _store(request)
