@@ -229,7 +229,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """What the router itself refuses: unknown paths and methods."""
     assert isinstance(error, HTTPException)  # registered for it alone
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-    message = f"{request.method} {request.url.path}: {error.detail}"
+    message = f"{request.method} {request.scope['path']}: {error.detail}"
     return to_response(ApiError(error.status_code, code, message, headers=tuple((error.headers or {}).items())))
 
 

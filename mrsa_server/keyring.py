@@ -106,6 +106,11 @@ class Caller:
         return None if Scope.ADMIN in self.scopes else self.key_id
 
 
+def maker(key_id: str | None) -> Caller:
+    """Who made something, as far as that one sees what others made; None for one without a key."""
+    return Caller(key_id, frozenset())
+
+
 ANYBODY = Caller(None, frozenset((Scope.ADMIN,)))  # on a server without keys
 
 

@@ -22,7 +22,7 @@ from harness.markovian_rsa import State
 from harness.run import Watch
 from mrsa_server.api.answering import answer
 from mrsa_server.api.asking import RUN, AskService, Route
-from mrsa_server.api.auth import needs
+from mrsa_server.api.auth import caller_of, needs
 from mrsa_server.api.completion import Reply, chosen, read_thinking, thinking_of
 from mrsa_server.api.errors import ApiError, BadRequest, EngineUnavailable, RunCancelled, ShuttingDown, of_stored
 from mrsa_server.api.query import boolean, integer, one_of, query
@@ -30,7 +30,7 @@ from mrsa_server.api.response_events import ResponseEvents
 from mrsa_server.api.responses_wire import RESPONSE, check_body, continued, input_items, parse_response, previous_of
 from mrsa_server.api.sse import KEEP_ALIVE, EventStream, named_frame
 from mrsa_server.api.stored import Retelling, add_traces, answer_of, further, log_of, unavailable
-from mrsa_server.keyring import Scope
+from mrsa_server.keyring import Caller, Scope
 from mrsa_server.runs.host import Health
 from mrsa_server.runs.runner import Prepared, Run
 from mrsa_server.runs.store_errors import NoSuchRun, StoreUnavailable
@@ -144,7 +144,7 @@ async def _whole(run: Run, state: State, reply: Reply, engine: Engine) -> dict[s
     return events.body
 
 
-async def _complete(service: AskService, raw: bytes) -> bytes:
+async def _complete(service: AskService, raw: bytes, caller: Caller) -> bytes:
     """A body whose input begins with the conversation that it goes on with.
 
     Raises:
@@ -163,7 +163,7 @@ async def _complete(service: AskService, raw: bytes) -> bytes:
             raise
     name = _NAME.fullmatch(earlier)
     record = await service.store.get(RUN + name[1]) if name else None
-    if record is None or record.kind != "response":
+    if record is None or record.kind != "response" or not caller.sees(record.key_id):
         raise BadRequest(
             f"previous_response_id: there is no response {earlier[:128]!r}",
             "previous_response_id",
@@ -330,7 +330,7 @@ async def _find(request: Request, response_id: str) -> tuple[AskService, RunStor
         )
     name = _NAME.fullmatch(response_id)
     record = await service.store.get(RUN + name[1]) if name else None
-    if record is None or record.kind != "response":
+    if record is None or record.kind != "response" or not caller_of(request).sees(record.key_id):
         raise _unknown(response_id)
     return service, service.store, record
 
