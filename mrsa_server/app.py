@@ -37,6 +37,7 @@ from mrsa_server.runs.pulse import Pulse
 from mrsa_server.runs.retention import Keep, forget
 from mrsa_server.runs.runner import Runner
 from mrsa_server.runs.store_errors import StoreError, StoreUnavailable
+from mrsa_server.runs.tenants import Tenants
 from mrsa_server.settings import Settings, usual_state_dir
 
 if TYPE_CHECKING:  # a server without a store loads no database
@@ -89,6 +90,7 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
             max_batch_runs=settings.max_batch_runs,
             max_queued=settings.max_queued,
             engine_wait_s=settings.engine_wait_s,
+            tenants=Tenants(ring, metrics, settings.max_committed_tokens),
         )
         names = models.ModelNames(host, settings.served_model, int(time.time()))
         keys = Keys(settings.idempotency_keep_s, settings.max_idempotency_keys)
@@ -261,7 +263,11 @@ class RequestScope:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                if callable(ratelimit := state.get("ratelimit")):
+                    for name, value in ratelimit().items():
+                        headers.setdefault(name, value)
             await send(message)
 
         try:

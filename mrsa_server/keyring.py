@@ -233,6 +233,10 @@ class KeyRing:
                 found = key
         return None if found is None else Caller(found.id, found.scopes, found.limits)
 
+    def limits(self, key_id: str | None) -> Limits:
+        """What a key may use; a key that is gone has no limits, and nobody who asks with it."""
+        return next((key.limits for key in self._keys if key.id == key_id), Limits())
+
     def salt(self, key_id: str | None) -> str | None:
         """What keeps the caches of a key's prompts apart from those of others; None where there are no keys.
 

@@ -205,6 +205,12 @@ class Settings(BaseSettings):
     max_batch_runs: Count = Field(
         256, title=_LIMITS, description="runs of batches in flight, beside those of --max-runs; more wait in the store"
     )
+    max_committed_tokens: Count = Field(
+        1_000_000_000,
+        title=_LIMITS,
+        description="tokens that all runs in flight and waiting may cost together at most; a run that could bring more "
+        "is a 503. One that is alone is let in",
+    )
     max_body_bytes: Count = Field(8 * 2**20, title=_LIMITS, description="largest request body")
     max_file_bytes: Count = Field(100 * 2**20, title=_LIMITS, description="largest file that can be uploaded")
     body_timeout_s: Seconds = Field(30.0, title=_LIMITS, description="seconds within which a body must have arrived")

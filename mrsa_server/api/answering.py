@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import orjson
@@ -33,6 +34,7 @@ async def answer(request: Request, route: Route) -> Response:
     """Start the run that a request asks for, and answer with it."""
     service: AskService = request.app.state.asking
     settings, caller = service.settings, caller_of(request)
+    request.state.ratelimit = partial(service.runner.tenants.headers, caller.key_id)
     try:
         name = read_key(request.headers.get("idempotency-key"), caller.key_id)
         raw = await read_body(request, settings.max_body_bytes, settings.body_timeout_s)

@@ -156,7 +156,8 @@ def submit(service: AskService, route: Route, raw: bytes, caller: Caller, key: K
         key_id=caller.key_id,
     )
     prepare = _preparing(service, reply, wishes, run_id, priority, reply.background)
-    return Asked(service.runner.submit(run_id, prepare, wishes.deadline_s, record if reply.stored else None), reply)
+    kept = record if reply.stored else None
+    return Asked(service.runner.submit(run_id, prepare, wishes.deadline_s, kept, caller.key_id), reply)
 
 
 def _preparing(
@@ -206,7 +207,7 @@ async def _prepare(
         if error.status is not None and error.status >= 500:
             raise EngineFailed(str(error)) from None
         raise BadRequest(f"messages: the model's chat template refuses them: {error}", "messages") from None
-    return Prepared(state, _watch(chat, decided.params.final_candidates))
+    return Prepared(state, _watch(chat, decided.params.final_candidates), question_tokens)
 
 
 def _watch(chat: Chat, final_candidates: int) -> Watch:
