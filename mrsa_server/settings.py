@@ -80,6 +80,12 @@ class Settings(BaseSettings):
         description="send priorities to `--engine openai` where it is vLLM, which heeds them with "
         "--scheduling-policy priority; by default until it refuses one",
     )
+    engine_cache_salt: bool | None = Field(
+        None,
+        title=_ENGINE,
+        description="send a salt for each API key to `--engine openai`, so that none finds out by the engine's prefix "
+        "cache what another asked; by default to a server that takes token ids (vLLM), until it refuses one",
+    )
     engine_max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = Field(
         "max_tokens",
         title=_ENGINE,
@@ -213,6 +219,9 @@ class Settings(BaseSettings):
     )
     max_body_bytes: Count = Field(8 * 2**20, title=_LIMITS, description="largest request body")
     max_file_bytes: Count = Field(100 * 2**20, title=_LIMITS, description="largest file that can be uploaded")
+    header_timeout_s: Seconds = Field(
+        15.0, title=_LIMITS, description="seconds within which the headers of a request must have arrived"
+    )
     body_timeout_s: Seconds = Field(30.0, title=_LIMITS, description="seconds within which a body must have arrived")
     max_population: Count = Field(64, title=_LIMITS, description="largest population")
     max_rounds: Count = Field(32, title=_LIMITS, description="most aggregation rounds")

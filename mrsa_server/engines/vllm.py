@@ -156,8 +156,9 @@ class VllmEngine:
         request_id = f"{request.run_id}-{request.slot.round}.{request.slot.index}-{next(self._numbers)}"
         done = False
         try:
+            salt = {} if request.cache_salt is None else {"cache_salt": request.cache_salt}
             outputs = llm.generate(
-                {"type": "token", "prompt_token_ids": list(prompt)},
+                {"type": "token", "prompt_token_ids": list(prompt), **salt},
                 vllm.sampling_params(request),
                 request_id,
                 priority=request.priority,

@@ -700,7 +700,13 @@ class Runner:
         assert run.state is not None
         params = run.state.params
         plain = not params.rounds and params.population == 1
-        engine = self._admission.through(self.host.engine, run.begun, plain=plain, batch=run.batch)
+        engine = self._admission.through(
+            self.host.engine,
+            run.begun,
+            plain=plain,
+            batch=run.batch,
+            cache_salt=self.tenants.salt(run.ticket.key_id),
+        )
         lost_tokens: int | None = None
         deaths, ended = 0, 0
         while True:

@@ -150,6 +150,16 @@ async def test_a_prefix_is_computed_once(engine: EmbeddedEngine) -> None:
     assert second.deltas[0].cached_tokens > (first.deltas[0].cached_tokens or 0)
 
 
+async def test_a_prefix_is_computed_again_for_another_key(engine: EmbeddedEngine) -> None:
+    text = "A prompt of one key, and long enough for some blocks of the cache. " * 8
+    salts = ["one", "other", "one", None, "other"]
+    cached = []
+    for salt in salts:
+        made = await generate(engine, ask(text, max_tokens=2, cache_salt=salt))
+        cached.append(bool(made.deltas[0].cached_tokens))
+    assert cached == [False, False, True, False, True]
+
+
 async def test_eight_at_once(engine: EmbeddedEngine) -> None:
     made = await asyncio.gather(*(generate(engine, ask(f"Count from {i}.", priority=i)) for i in range(8)))
     assert all(one.finish for one in made)

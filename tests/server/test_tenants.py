@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harness.engine import Delta
 from harness.markovian_rsa import State, init
 from harness.prompts import load_templates
 from harness.scripted import ScriptedEngine, Speed, run_virtual
-from harness.types import Params
+from harness.types import Params, RolloutRequest
 from mrsa_server.api.errors import OverBudget, RateLimited
 from mrsa_server.keyring import KeyRing, Scope, read_keys
 from mrsa_server.metrics import Metrics
@@ -141,6 +143,40 @@ def test_no_run_costs_more_than_it_was_let_in_for(params: Params, key: int) -> N
         return (await go(init("run", PROBLEM, params, TEMPLATES), World(key), judge=TextJudge()))[0]
 
     assert run_virtual(run()).usage.completion_tokens <= worst_tokens(params, 0)
+
+
+class Noting(ScriptedEngine):
+    """Remembers the salts that it was asked with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.salts: list[str | None] = []
+
+    async def generate(self, request: RolloutRequest) -> AsyncGenerator[Delta, None]:
+        self.salts.append(request.cache_salt)
+        async for delta in super().generate(request):
+            yield delta
+
+
+async def test_the_prompts_of_a_key_have_a_salt_of_their_own_before_and_after_a_restart(tmp_path: Path) -> None:
+    a, b = client("a"), client("b")
+    seen: dict[str, set[str | None]] = {}
+    for keys, callers in ((ring(a, b), (a, b)), (ring(b, a), (a, b))):
+        engine = Noting()
+        async with in_memory(engine, keys=keys, state_dir=tmp_path) as http:
+            for who in callers:
+                engine.salts.clear()
+                assert (await status(http, who)).status_code == 200
+                assert len(engine.salts) > 1
+                seen.setdefault(who.secret, set()).update(engine.salts)
+    assert [len(salts) for salts in seen.values()] == [1, 1]
+    assert len(set.union(*seen.values())) == 2
+    engine = Noting()
+    async with in_memory(engine) as http:
+        await http.post(CHAT, json=ask(mrsa=SMALL))
+        assert set(engine.salts) == {None}
+        refused = await http.post(CHAT, json=ask(cache_salt="x"))
+        assert refused.status_code == 400, "it is nobody's to choose"
 
 
 async def status(http: httpx.AsyncClient, who: Client, **fields: Any) -> httpx.Response:
