@@ -220,6 +220,9 @@ def places(settings: Settings) -> Places:
 
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)  # registered for it alone
+    if error.status in (408, 413):
+        metrics: Metrics = request.app.state.metrics
+        metrics.count_rejection("body")
     return to_response(error)
 
 
