@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from harness.prompts import load_templates
 from mrsa_server import __version__
-from mrsa_server.api import batches, chat, export, files, health, models, responses, runs
+from mrsa_server.api import batches, chat, export, files, health, models, openapi, responses, runs
 from mrsa_server.api.asking import AskService
 from mrsa_server.api.auth import Gate, authorize
 from mrsa_server.api.errors import NO_RETRY, ApiError, StoreAway, to_response
@@ -55,6 +55,7 @@ ROUTERS = (
     batches.router,
     models.router,
     health.router,
+    openapi.router,
 )
 
 log = structlog.get_logger("mrsa.http")
@@ -134,8 +135,7 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
         title="mrsa-server",
         version=__version__,
         lifespan=lifespan,
-        # The interactive pages load their scripts from elsewhere, and the route parses its body itself.
-        openapi_url=None,
+        openapi_url=None,  # ours says more (`api.openapi`); FastAPI's pages load their scripts from elsewhere
         dependencies=[Depends(authorize)],
         redirect_slashes=False,  # a redirect's target would be made of the client's own Host header
     )

@@ -61,7 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--url",
         default=os.environ.get("MRSA_URL"),
-        help="a running server (default: http://127.0.0.1:8000, or else start one) [MRSA_URL]; its key goes into MRSA_API_KEY",
+        help="a running server (default: http://127.0.0.1:8000, or else start one) [MRSA_URL]; its key goes into "
+        "MRSA_API_KEY",
     )
     parser.add_argument("--start", action="store_true", help="start the embedded engine even where a server runs")
     parser.add_argument("--model", help="model to ask (default: the server's first that runs the method)")

@@ -118,7 +118,7 @@ class CallIn(Wire):
     id: Name
     type: Literal["function"] = "function"
     function: CalledFunction
-    index: int | None = None  # some clients send back what they read from a stream
+    index: Annotated[int, Field(ge=0, le=_MAX_INT)] | None = None  # some clients send back what they read from a stream
 
 
 class MessageIn(Wire):
@@ -240,7 +240,7 @@ class MrsaIn(Wire):
     carry: Literal["reasoning", "answer", "hybrid"] | None = None
     selection: Literal["vote", "first"] | None = None
     budget_tokens: Tokens | None = None
-    deadline_s: Annotated[float, Field(gt=0)] | None = None
+    deadline_s: Annotated[float, Field(gt=0, le=_MAX_INT)] | None = None
     final_temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     stop_when_agreed: Annotated[AgreementIn | None, BeforeValidator(_agreement)] = None
@@ -294,8 +294,8 @@ class ChatBody(Wire):
     # Known, and refused unless they ask for nothing.
     logprobs: Literal[False] | None = None
     top_logprobs: Literal[0] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-    modalities: list[Literal["text"]] | None = None
+    logit_bias: Annotated[dict[Short, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=0)] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=16)] | None = None
     audio: None = None
     functions: None = None
     function_call: None = None
