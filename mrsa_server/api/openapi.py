@@ -23,6 +23,7 @@ from mrsa_server import __version__
 from mrsa_server.api import batches, chat, export, files, health, models, responses, runs
 from mrsa_server.api.auth import any_key, rule_of
 from mrsa_server.api.batches_wire import LONGEST_S, SHORTEST_S, BatchBody
+from mrsa_server.api.query import MOST_CHARACTERS
 from mrsa_server.api.responses_wire import ResponsesBody
 from mrsa_server.api.training import Form, Only, Rounds, Thinking
 from mrsa_server.api.wire import ChatBody, Wire
@@ -204,7 +205,7 @@ class _Told:
         empty: Another status of success, without a body.
     """
 
-    answers: Mapping[str, Json]
+    answers: Mapping[str, Json | None]
     errors: tuple[int, ...] = ()
     query: Mapping[str, Json] | None = None
     body: Json | None = None
@@ -215,8 +216,9 @@ class _Told:
 
 _STORED = (400, 404, 500, 503)
 _ASKED = (400, 404, 408, 409, 413, 429, 500, 502, 503, 504)
-_KEY = {"Idempotency-Key": _string(minLength=1, maxLength=255, pattern=r"^[\x21-\x7e]+$")}
+_KEY = {"Idempotency-Key": _string(minLength=1, maxLength=255)}
 _NAME = _string(minLength=1, maxLength=128)
+_FREE = _string(maxLength=MOST_CHARACTERS)
 _ORDER = _enum("asc", "desc")
 _SWITCH = _enum("true", "false")
 _WHEN = _string(description="Unix seconds or ISO 8601", maxLength=64)
@@ -227,21 +229,21 @@ _FORM = _object(
 
 _TOLD: Mapping[object, _Told] = {
     chat.chat_completions: _Told(
-        {_JSON: _of("ChatCompletion"), _EVENTS: _string()}, _ASKED, body=_of("ChatBody"), headers=_KEY
+        {_JSON: _of("ChatCompletion"), _EVENTS: None}, _ASKED, body=_of("ChatBody"), headers=_KEY
     ),
     responses.create_response: _Told(
-        {_JSON: _of("Response"), _EVENTS: _string()}, _ASKED, body=_of("ResponsesBody"), headers=_KEY
+        {_JSON: _of("Response"), _EVENTS: None}, _ASKED, body=_of("ResponsesBody"), headers=_KEY
     ),
     responses.compact_response: _Told({}, (404, 500)),
     responses.get_response: _Told(
-        {_JSON: _of("Response"), _EVENTS: _string()},
+        {_JSON: _of("Response"), _EVENTS: None},
         _STORED,
         {
             "stream": _SWITCH,
             "starting_after": _integer(0, 2**31 - 1),
-            "include": _string(maxLength=1024),
-            "include[]": _string(maxLength=1024),
-            "include_obfuscation": _string(maxLength=1024),
+            "include": _FREE,
+            "include[]": _FREE,
+            "include_obfuscation": _FREE,
         },
     ),
     responses.cancel_response: _Told({_JSON: _of("Response")}, _STORED),
@@ -253,8 +255,8 @@ _TOLD: Mapping[object, _Told] = {
             "after": _NAME,
             "limit": _integer(1, 100),
             "order": _ORDER,
-            "include": _string(maxLength=1024),
-            "include[]": _string(maxLength=1024),
+            "include": _FREE,
+            "include[]": _FREE,
         },
     ),
     runs.list_runs: _Told(
@@ -264,18 +266,18 @@ _TOLD: Mapping[object, _Told] = {
             "limit": _integer(1, 100),
             "after": _NAME,
             "status": _string(pattern="^[a-z,]{1,128}$"),
-            "model": _NAME,
+            "model": _FREE,
             "kind": _enum(*get_args(RunKind)),
-            "batch": _NAME,
+            "batch": _FREE,
         },
     ),
     runs.get_run: _Told({_JSON: _of("Run")}, _STORED),
     runs.cancel_run: _Told({_JSON: _of("Run")}, _STORED),
     runs.run_events: _Told(
-        {_EVENTS: _string()},
+        {_EVENTS: None},
         _STORED,
         {"after": _integer(0, 2**31 - 1)},
-        headers={"Last-Event-ID": _string(pattern="^[0-9]{1,9}$")},
+        headers={"Last-Event-ID": _integer(0, 2**31 - 1)},
         empty=204,
     ),
     runs.export_run: _Told({_LINES: _string()}, _STORED),
@@ -292,7 +294,7 @@ _TOLD: Mapping[object, _Told] = {
             "limit": _integer(1, 10**9),
             "summary": _SWITCH,
             "status": _string(pattern="^[a-z,]{1,128}$"),
-            "model": _NAME,
+            "model": _FREE,
             "since": _WHEN,
             "until": _WHEN,
         },
@@ -301,7 +303,7 @@ _TOLD: Mapping[object, _Told] = {
     files.list_files: _Told(
         {_JSON: _of("FilePage")},
         _STORED,
-        {"purpose": _string(maxLength=64), "limit": _integer(1, 10_000), "order": _ORDER, "after": _NAME},
+        {"purpose": _FREE, "limit": _integer(1, 10_000), "order": _ORDER, "after": _NAME},
     ),
     files.get_file: _Told({_JSON: _of("File")}, _STORED),
     files.file_content: _Told({"application/octet-stream": _string(format="binary")}, _STORED),
@@ -318,6 +320,7 @@ _TOLD: Mapping[object, _Told] = {
     health.ready: _Told({_JSON: _of("Well")}, (500, 503)),
     health.metrics: _Told({_TEXT: _string()}, (500,)),
 }
+_PLACES = {"round": _integer(0, 10_000), "index": _integer(0, 1_000_000)}
 _NEEDED = {"format"}  # of the query
 
 
@@ -374,7 +377,8 @@ def _operation(route: APIRoute, path: str, told: _Told) -> Json:
     errors = {*told.errors, *((401, 403) if keyed else ())}
     given: Json = {str(status): _error(status) for status in sorted(errors)}
     if told.answers:
-        content = {kind: {"schema": schema} for kind, schema in told.answers.items()}
+        # Of streams nothing is told: what a schema of one means, tools do not agree on.
+        content = {kind: {} if schema is None else {"schema": schema} for kind, schema in told.answers.items()}
         given = {"200": {"description": "Done.", "content": content}, **given}
     if told.empty is not None:
         given[str(told.empty)] = {"description": "There is nothing more."}
@@ -396,7 +400,7 @@ def _operation(route: APIRoute, path: str, told: _Told) -> Json:
 
 def _parameters(path: str, told: _Told) -> Iterable[Json]:
     for name in re.findall(r"\{(\w+)\}", path):
-        yield {"name": name, "in": "path", "required": True, "schema": _NAME}
+        yield {"name": name, "in": "path", "required": True, "schema": _PLACES.get(name, _NAME)}
     for name, schema in (told.query or {}).items():
         yield {"name": name, "in": "query", "required": name in _NEEDED, "schema": schema}
     for name, schema in (told.headers or {}).items():

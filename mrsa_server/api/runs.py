@@ -137,13 +137,14 @@ async def cancel_run(request: Request, run_id: str) -> Response:
 async def run_events(request: Request, run_id: str) -> Response:
     """The events of a run as a stream, numbered by `id:`; from `after` or `Last-Event-ID` on, up to its end.
 
+    Of the two the later counts: a browser that comes back sends the one with the address that has the other.
+
     Once there is nothing more to come the answer is a 204, at which a browser's EventSource asks no more.
     """
     service, store = _store(request)
     asked = query(request, {"after"})
-    if "after" not in asked and "last-event-id" in request.headers:
-        asked = {"after": request.headers["last-event-id"]}
-    after = integer(asked, "after", 0, 2**31 - 1, 0)
+    last_read = integer(request.headers, "last-event-id", 0, 2**31 - 1, 0)
+    after = max(integer(asked, "after", 0, 2**31 - 1, 0), last_read)
     run = await _find(request, store, run_id)
     if run.ended_at is not None and after >= run.last:
         return Response(status_code=204)
