@@ -30,6 +30,21 @@ def smallest_budget(params: Params) -> int:
     return params.final_candidates * params.final_tokens + before * floor_tokens(params)
 
 
+def most_tokens(params: Params) -> int:
+    """Generated tokens that a run costs at most, as long as none of its rollouts fails and has to be replaced."""
+    before = needed_at_most(params.population, params.set_size, params.rounds, params.final_candidates)
+    most = params.final_candidates * params.final_tokens + before * params.rollout_tokens
+    return most if params.budget_tokens is None else min(most, params.budget_tokens)
+
+
+def most_read_tokens(params: Params) -> int:
+    """Tokens of candidates in all prompts of a run at most, likewise."""
+    if not params.rounds:
+        return 0
+    readers = needed_at_most(params.population, params.set_size, params.rounds - 1, params.final_candidates)
+    return (readers + params.final_candidates) * min(params.set_size, params.population) * params.tail_tokens
+
+
 def check_budget(params: Params) -> None:
     """Refuse before any work what cannot be paid.
 

@@ -326,6 +326,7 @@ class RolloutRequest:
         watched: Whether the deltas are wanted as they come; an engine may join them where nobody reads them and nothing
             may end the generation between two of them.
         members: Indices into the previous round whose tails stand in the prompt.
+        cache_salt: Keeps the prompt apart in caches that hold others' too; None for one cache of all.
     """
 
     run_id: str
@@ -340,6 +341,7 @@ class RolloutRequest:
     priority: int = 0
     watched: bool = True
     members: tuple[int, ...] = ()
+    cache_salt: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

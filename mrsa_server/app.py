@@ -13,7 +13,7 @@ from math import isinf
 from typing import TYPE_CHECKING
 
 import structlog
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -21,12 +21,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from harness.prompts import load_templates
 from mrsa_server import __version__
-from mrsa_server.api import batches, chat, export, files, health, models, responses, runs
+from mrsa_server.api import batches, chat, export, files, health, models, openapi, responses, runs
 from mrsa_server.api.asking import AskService
+from mrsa_server.api.auth import Gate, authorize
 from mrsa_server.api.errors import NO_RETRY, ApiError, StoreAway, to_response
 from mrsa_server.api.idempotency import Keys
 from mrsa_server.descriptors import Places, current_limit, share_out
 from mrsa_server.engines.build import ServedEngine, build
+from mrsa_server.keyring import Caller, KeyRing
 from mrsa_server.metrics import Metrics, StoreMetrics
 from mrsa_server.runs.admission import Admission
 from mrsa_server.runs.host import EngineHost
@@ -35,6 +37,7 @@ from mrsa_server.runs.pulse import Pulse
 from mrsa_server.runs.retention import Keep, forget
 from mrsa_server.runs.runner import Runner
 from mrsa_server.runs.store_errors import StoreError, StoreUnavailable
+from mrsa_server.runs.tenants import Tenants
 from mrsa_server.settings import Settings, usual_state_dir
 
 if TYPE_CHECKING:  # a server without a store loads no database
@@ -42,6 +45,18 @@ if TYPE_CHECKING:  # a server without a store loads no database
     from mrsa_server.runs.store import RunStore
 
 _DAY_S = 86_400.0
+# All that is served; each route has a rule of `auth` beside it, or refuses.
+ROUTERS = (
+    chat.router,
+    responses.router,
+    runs.router,
+    export.router,
+    files.router,
+    batches.router,
+    models.router,
+    health.router,
+    openapi.router,
+)
 
 log = structlog.get_logger("mrsa.http")
 
@@ -57,6 +72,7 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         metrics = Metrics()
+        ring = KeyRing.of(settings)
         host = EngineHost(engine or build(settings))
         admission = Admission(
             host,
@@ -75,9 +91,11 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
             max_batch_runs=settings.max_batch_runs,
             max_queued=settings.max_queued,
             engine_wait_s=settings.engine_wait_s,
+            tenants=Tenants(ring, metrics, settings.max_committed_tokens),
         )
         names = models.ModelNames(host, settings.served_model, int(time.time()))
         keys = Keys(settings.idempotency_keep_s, settings.max_idempotency_keys)
+        app.state.gate = Gate(ring, metrics, settings.metrics_open)
         app.state.metrics, app.state.runner, app.state.models = metrics, runner, names
         store = None if journal is None else journal.store
         routes = {route.kind: route for route in (chat.ROUTE, responses.ROUTE)}
@@ -86,7 +104,7 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
         pulse = app.state.pulse = None if store is None else Pulse(store)
         app.state.runs = runs.RunsService(store, runner, templates, settings.keep_alive_s)
         app.state.batches, app.state.files = None, files.FilesService(None, 0, 0)
-        lives = [asyncio.create_task(host.run(), name="engine")]
+        lives = [asyncio.create_task(host.run(), name="engine"), asyncio.create_task(ring.keep(), name="keys")]
         if journal is not None:
             log.info("runs are stored", store=journal.store.name)
             journal.store.observer = metrics.store = StoreMetrics(metrics)
@@ -117,18 +135,12 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
         title="mrsa-server",
         version=__version__,
         lifespan=lifespan,
-        # The interactive pages load their scripts from elsewhere, and the route parses its body itself.
-        openapi_url=None,
+        openapi_url=None,  # ours says more (`api.openapi`); FastAPI's pages load their scripts from elsewhere
+        dependencies=[Depends(authorize)],
         redirect_slashes=False,  # a redirect's target would be made of the client's own Host header
     )
-    app.include_router(chat.router)
-    app.include_router(responses.router)
-    app.include_router(runs.router)
-    app.include_router(export.router)
-    app.include_router(files.router)
-    app.include_router(batches.router)
-    app.include_router(models.router)
-    app.include_router(health.router)
+    for router in ROUTERS:
+        app.include_router(router)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(StoreUnavailable, _store_away)
     app.add_exception_handler(HTTPException, _http_error)
@@ -208,6 +220,9 @@ def places(settings: Settings) -> Places:
 
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)  # registered for it alone
+    if error.status in (408, 413):
+        metrics: Metrics = request.app.state.metrics
+        metrics.count_rejection("body")
     return to_response(error)
 
 
@@ -219,7 +234,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """What the router itself refuses: unknown paths and methods."""
     assert isinstance(error, HTTPException)  # registered for it alone
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-    message = f"{request.method} {request.url.path}: {error.detail}"
+    message = f"{request.method} {request.scope['path']}: {error.detail}"
     return to_response(ApiError(error.status_code, code, message, headers=tuple((error.headers or {}).items())))
 
 
@@ -242,6 +257,7 @@ class RequestScope:
             await self._app(scope, receive, send)
             return
         given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
+        state: dict[str, object] = scope.setdefault("state", {})
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
         start = time.perf_counter()
         status = 0
@@ -250,7 +266,11 @@ class RequestScope:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                if callable(ratelimit := state.get("ratelimit")):
+                    for name, value in ratelimit().items():
+                        headers.setdefault(name, value)
             await send(message)
 
         try:
@@ -262,9 +282,11 @@ class RequestScope:
             broken = ApiError(500, "internal_error", "The server failed.", headers=NO_RETRY)
             await to_response(broken)(scope, receive, send_with_id)
         if scope["path"] not in QUIET:
+            caller = state.get("caller")
             log.info(
                 "request",
                 request_id=request_id,
+                key_id=caller.key_id if isinstance(caller, Caller) else None,
                 method=scope["method"],
                 path=scope["path"],
                 status=status,

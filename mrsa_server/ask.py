@@ -27,7 +27,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from mrsa_server.client import base_url, lines, message_of
+from mrsa_server.client import base_url, connect, lines, message_of
 from mrsa_server.settings import Effort
 
 _START_S = 600.0  # a first start converts the model
@@ -61,7 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--url",
         default=os.environ.get("MRSA_URL"),
-        help="a running server (default: http://127.0.0.1:8000, or else start one) [MRSA_URL]",
+        help="a running server (default: http://127.0.0.1:8000, or else start one) [MRSA_URL]; its key goes into "
+        "MRSA_API_KEY",
     )
     parser.add_argument("--start", action="store_true", help="start the embedded engine even where a server runs")
     parser.add_argument("--model", help="model to ask (default: the server's first that runs the method)")
@@ -196,7 +197,7 @@ def _ask(url: str, question: str, effort: str | None, arguments: argparse.Namesp
     if arguments.system:
         messages.insert(0, {"role": "system", "content": arguments.system})
     timeout = httpx.Timeout(30, read=60)  # keep-alives come more often
-    with httpx.Client(base_url=url, timeout=timeout) as client:
+    with connect(url, timeout) as client:
         body = {
             "model": arguments.model or _first_model(client),
             "messages": messages,

@@ -24,7 +24,7 @@ import orjson
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mrsa_server.client import base_url, message_of
+from mrsa_server.client import base_url, connect, message_of
 from mrsa_server.problems import BadProblems, Problems, Wanted, write_batch
 from mrsa_server.settings import Effort
 
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--url",
         default=os.environ.get("MRSA_URL"),
-        help="the server (default: http://127.0.0.1:8000) [MRSA_URL]",
+        help="the server (default: http://127.0.0.1:8000) [MRSA_URL]; its key goes into MRSA_API_KEY",
     )
     parser.add_argument("--model", help="model to ask (default: the server's first that runs the method)")
     parser.add_argument("--effort", choices=[effort.value for effort in Effort], help="preset of the method")
@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     url = base_url(arguments.url)
     try:
-        with httpx.Client(base_url=url, timeout=httpx.Timeout(30, read=120, write=120)) as client:
+        with connect(url, httpx.Timeout(30, read=120, write=120)) as client:
             command = _Command(client, arguments, console)
             return command.cancel() if arguments.cancel else command.run()
     except (Failed, BadProblems) as failure:

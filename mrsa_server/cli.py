@@ -30,6 +30,7 @@ _COMMANDS = (
     _Command("export", "write stored runs as training data for trl", "mrsa_server.export"),
     _Command("doctor", "say what this machine can serve, what is missing and what mends it", "mrsa_server.doctor"),
     _Command("model", "check a ZAYA1 on disk, without a GPU", "mrsa_server.model"),
+    _Command("keys", "make a key for a client", "mrsa_server.keys"),
     _Command("db", "make or upgrade the tables that runs are stored in", "mrsa_server.db"),
 )
 

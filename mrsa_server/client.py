@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import httpx
 
+KEY_VARIABLE = "MRSA_API_KEY"  # a secret: it has no flag
 USUAL_URL = "http://127.0.0.1:8000"
 
 
@@ -13,6 +15,12 @@ def base_url(given: str | None) -> str:
     """The server's address, with or without a scheme and the API's path."""
     url = (given or USUAL_URL).rstrip("/").removesuffix("/v1")
     return url if "://" in url else f"http://{url}"
+
+
+def connect(url: str, timeout: httpx.Timeout) -> httpx.Client:
+    """A client of the server at an address, with the key of the environment where there is one."""
+    key = os.environ.get(KEY_VARIABLE)
+    return httpx.Client(base_url=url, timeout=timeout, headers={"authorization": f"Bearer {key}"} if key else None)
 
 
 def message_of(response: httpx.Response) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import orjson
 
-from mrsa_server.client import base_url, message_of
+from mrsa_server.client import base_url, connect, message_of
 
 _SUMMARY = b'{"object":"export.summary"'  # how the last line begins, and no row
 _READ_S = 600.0  # a server may pass over many runs before it finds a row
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--url",
         default=os.environ.get("MRSA_URL"),
-        help="the server (default: http://127.0.0.1:8000) [MRSA_URL]",
+        help="the server (default: http://127.0.0.1:8000) [MRSA_URL]; its key goes into MRSA_API_KEY",
     )
     which = parser.add_argument_group("which runs")
     which.add_argument("--run", action="append", dest="named", metavar="RUN", help="only this run; may be repeated")
@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Do it; 0 where all was written, 1 where the server refuses or the stream was cut, 130 when interrupted."""
     url = base_url(arguments.url)
     try:
-        with httpx.Client(base_url=url, timeout=httpx.Timeout(30, read=_READ_S)) as client:
+        with connect(url, httpx.Timeout(30, read=_READ_S)) as client:
             _tell(_export(client, arguments))
             return 0
     except Refused as refusal:

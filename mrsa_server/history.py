@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mrsa_server.client import base_url, lines, message_of
+from mrsa_server.client import base_url, connect, lines, message_of
 
 _TRIES = 30  # to come back to a stream that was cut
 _PAUSE_S = 1.0
@@ -64,7 +64,7 @@ def _action(
     below.add_argument(
         "--url",
         default=os.environ.get("MRSA_URL"),
-        help="the server (default: http://127.0.0.1:8000) [MRSA_URL]",
+        help="the server (default: http://127.0.0.1:8000) [MRSA_URL]; its key goes into MRSA_API_KEY",
     )
     if name in ("list", "show"):
         below.add_argument("--json", action="store_true", help="print what the server says")
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Do it; 0 where it was done, 1 where the server refuses or the run has no answer, 130 when interrupted."""
     url = base_url(arguments.url)
     try:
-        with httpx.Client(base_url=url, timeout=httpx.Timeout(30, read=60)) as client:
+        with connect(url, httpx.Timeout(30, read=60)) as client:
             status: int = arguments.act(client, arguments)
             return status
     except Refused as refusal:

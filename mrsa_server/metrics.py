@@ -15,7 +15,19 @@ _SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 3600)
 
 RunStatus = Literal["finished", "stopped", "failed", "cancelled", "refused"]
 StoreOperation = Literal["write", "read", "renew", "claim", "prune", "other"]
-Rejection = Literal["overloaded", "shutting_down", "connections"]
+Rejection = Literal[
+    "overloaded",
+    "shutting_down",
+    "connections",
+    "unauthorized",
+    "forbidden",
+    "body",
+    "prompt_tokens",
+    "budget",
+    "key_runs",
+    "key_tokens",
+    "key_concurrent",
+]
 
 
 class Metrics:
@@ -71,6 +83,22 @@ class Metrics:
             "mrsa_admission_rejections", "Runs that were not let in", ["reason"], registry=registry
         )
 
+        self.budget = Gauge(
+            "mrsa_budget_tokens",
+            "Tokens that the runs in flight may cost at most, and that all may together",
+            ["state"],
+            registry=registry,
+        )
+        # Ids of keys are the operator's words, and as many as there are lines in his file.
+        self._key_runs = Counter("mrsa_key_runs", "Runs of a key that have ended", ["key", "status"], registry=registry)
+        self._key_tokens = Counter("mrsa_key_tokens", "Tokens that the runs of a key cost", ["key"], registry=registry)
+        self._key_rejections = Counter(
+            "mrsa_key_rejections",
+            "Runs of a key that were not let in for its limits",
+            ["key", "reason"],
+            registry=registry,
+        )
+
     def count_run(self, status: RunStatus) -> None:
         """A run has ended."""
         self._runs.labels(status).inc()
@@ -90,6 +118,17 @@ class Metrics:
     def count_rejection(self, reason: Rejection) -> None:
         """A run was not let in."""
         self._rejections.labels(reason).inc()
+
+    def count_key_rejection(self, key_id: str | None, reason: Rejection) -> None:
+        """A run was not let in, since its key has used what it may."""
+        self.count_rejection(reason)
+        if key_id is not None:
+            self._key_rejections.labels(key_id, reason).inc()
+
+    def count_key_run(self, key_id: str, status: RunStatus, tokens: int) -> None:
+        """A run of a key has ended."""
+        self._key_runs.labels(key_id, status).inc()
+        self._key_tokens.labels(key_id).inc(tokens)
 
     def text(self) -> bytes:
         """All of it in Prometheus' text format."""

@@ -10,8 +10,10 @@ import socket
 import sys
 from collections.abc import Mapping
 from enum import StrEnum
+from http import HTTPStatus
 from typing import get_args
 
+import orjson
 import uvicorn
 from fastapi import FastAPI
 from pydantic import ValidationError
@@ -20,9 +22,10 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from mrsa_server import logs
-from mrsa_server.api.errors import Crowded, to_response
+from mrsa_server.api.errors import ApiError, Crowded, to_response
 from mrsa_server.app import QUIET, RequestScope, create_app, open_journal, places
 from mrsa_server.descriptors import raise_limit
+from mrsa_server.keyring import KeyRing
 from mrsa_server.metrics import Metrics
 from mrsa_server.runs.host import EngineHost, Health
 from mrsa_server.runs.runner import Runner
@@ -30,6 +33,7 @@ from mrsa_server.runs.store_errors import StoreError
 from mrsa_server.settings import Settings
 
 _CROWDED_S = 10
+_MOST_HEAD_BYTES = 65_536
 # Python looks through what is new after 700 new objects, and through all that lives whenever that has grown by a
 # quarter: at 1,000 runs in flight it took 11 of 26 s of CPU (`tests.bench.load`). So, 0.5 of 15 s, and no more memory.
 _GARBAGE = (50_000, 10, 10)
@@ -39,7 +43,10 @@ _FAILED = 3  # exit status of a server whose engine or store cannot start, as uv
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A flag for each setting that has a group; what is not given is left to the environment and the defaults."""
     parser.usage = "mrsa serve [flags]"
-    parser.epilog = "Every flag is also an environment variable, named in brackets; MRSA_ENGINE_API_KEY has no flag."
+    parser.epilog = (
+        "Every flag is also an environment variable, named in brackets; MRSA_ENGINE_API_KEY, MRSA_DATABASE_URL and "
+        "MRSA_KEYS, which hold secrets, have no flag."
+    )
     groups: dict[str, argparse._ArgumentGroup] = {}
     for name, info in Settings.model_fields.items():
         if info.title is None:
@@ -88,8 +95,9 @@ def run(arguments: argparse.Namespace) -> int:
     settings = read_settings(vars(arguments), parser)
     logs.configure(settings.log_level, settings.log_format)
     try:
+        KeyRing.of(settings)
         settings = asyncio.run(_with_store(settings))
-    except (ValueError, StoreError) as error:  # the former of a URL that cannot be read
+    except (ValueError, StoreError) as error:  # the former of a URL that cannot be read, or of keys
         print(f"mrsa serve: {error}", file=sys.stderr)
         return _FAILED
     raise_limit()
@@ -99,7 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
         app,
         host=settings.host,
         port=settings.port,
-        http=Unpipelined,
+        http=protocol(settings),
         ws="none",
         lifespan="on",
         log_config=None,
@@ -133,6 +141,16 @@ async def _with_store(settings: Settings) -> Settings:
     return settings
 
 
+def protocol(settings: Settings) -> type[Unpipelined]:
+    """How connections are served, with the times that the settings give them."""
+
+    class Protocol(Unpipelined):
+        head_s = settings.header_timeout_s
+        rest_s = settings.body_timeout_s
+
+    return Protocol
+
+
 class Unpipelined(HttpToolsProtocol):
     """Answers one request at a time, and closes after it where a second one came before its end.
 
@@ -140,21 +158,92 @@ class Unpipelined(HttpToolsProtocol):
 
     A connection beyond `limit_concurrency` is told so in the words of the API, and closed: without descriptors nobody
     could be told anything. uvicorn counts requests too, and says nothing of when to come back.
+
+    A client that keeps a connection and brings nothing, or reads nothing, is cut off: uvicorn waits for it without end,
+    and takes headers of any length.
+
+    Attributes:
+        head_s: Seconds within which the headers of a request must have arrived.
+        rest_s: Seconds for the rest of a body that was answered before its end; it is read, and dropped.
+        unread_s: Seconds for which what was written may stay unread.
     """
 
+    head_s = 15.0
+    rest_s = 30.0
+    unread_s = 300.0
     _crowded = False
+    _heading = False  # headers have begun and not ended
+    _head_bytes = 0
+    _arriving = False  # a body has begun and not ended
+    _late: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client is there."""
         most, self.limit_concurrency = self.limit_concurrency, None
         super().connection_made(transport)
+        self._expect(self.head_s)
         if most is not None and len(self.connections) > most:
             self.app = RequestScope(Turnstile(self.config.app, most))
             # As long as it may take to ask; then it goes.
             self.timeout_keep_alive_task = self.loop.call_later(_CROWDED_S, self.timeout_keep_alive_handler)
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        """A client has left, or was left."""
+        self._expect(None)
+        self.resume_writing()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client reads slower than is written."""
+        super().pause_writing()
+        if self._unread is None:
+            self._unread = self.loop.call_later(self.unread_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It has read enough for more."""
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
+        super().resume_writing()
+
+    def _expect(self, seconds: float | None) -> None:
+        """Give the client so long to go on; None for as long as it takes, since it is not its turn."""
+        if self._late is not None:
+            self._late.cancel()
+        self._late = None if seconds is None else self.loop.call_later(seconds, self._leave_late)
+
+    def _leave_late(self) -> None:
+        if self._heading:
+            self._refuse(ApiError(408, "request_timeout", f"The headers did not arrive within {self.head_s:g} s."))
+        else:
+            self.transport.close()
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answer to what is no request yet, and close."""
+        body = orjson.dumps(error.body())
+        status = f"{error.status} {HTTPStatus(error.status).phrase}"
+        head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+        self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
+        self.transport.close()
+
+    def on_message_begin(self) -> None:
+        """The first byte of a request."""
+        super().on_message_begin()
+        self._heading, self._head_bytes = True, 0
+        if self._late is None:
+            self._expect(self.head_s)
+
+    def on_response_complete(self) -> None:
+        """An answer was given, perhaps before the end of the body."""
+        super().on_response_complete()
+        if self._arriving and not self.transport.is_closing():
+            self._expect(self.rest_s)
+
     def on_headers_complete(self) -> None:
         """A request is there: one that comes before the answer to the last is dropped, which HTTP allows."""
+        self._heading, self._arriving = False, True
+        self._expect(None)
         before = self.cycle
         super().on_headers_complete()
         if self.pipeline:
@@ -171,13 +260,21 @@ class Unpipelined(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The end of a body."""
+        self._arriving = False
+        self._expect(None)
         if not self._crowded:
             super().on_message_complete()
 
     def data_received(self, data: bytes) -> None:
-        """What follows a dropped request is not even parsed."""
-        if not self._crowded:
-            super().data_received(data)
+        """What follows a dropped request is not even parsed, nor what follows headers that are too long."""
+        if self._crowded or self.transport.is_closing():
+            return
+        super().data_received(data)
+        if self._heading:
+            self._head_bytes += len(data)
+            if self._head_bytes > _MOST_HEAD_BYTES and not self.transport.is_closing():
+                message = f"The headers must be at most {_MOST_HEAD_BYTES} bytes."
+                self._refuse(ApiError(431, "headers_too_large", message))
 
 
 def settle_heap() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from enum import StrEnum
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -79,6 +80,12 @@ class Settings(BaseSettings):
         description="send priorities to `--engine openai` where it is vLLM, which heeds them with "
         "--scheduling-policy priority; by default until it refuses one",
     )
+    engine_cache_salt: bool | None = Field(
+        None,
+        title=_ENGINE,
+        description="send a salt for each API key to `--engine openai`, so that none finds out by the engine's prefix "
+        "cache what another asked; by default to a server that takes token ids (vLLM), until it refuses one",
+    )
     engine_max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = Field(
         "max_tokens",
         title=_ENGINE,
@@ -106,8 +113,30 @@ class Settings(BaseSettings):
         "gone is found out after 15",
     )
 
-    host: str = Field("127.0.0.1", title=_SERVER, description="address to listen on; there are no API keys yet")
+    host: str = Field(
+        "127.0.0.1",
+        title=_SERVER,
+        description="address to listen on; one that others can reach needs keys, or --open",
+    )
     port: int = Field(8000, ge=0, le=65_535, title=_SERVER, description="port to listen on; 0 takes a free one")
+    keys_file: Path | None = Field(
+        None,
+        title=_SERVER,
+        description="file of API keys, one in a line (`mrsa keys new` makes them), read anew when it changes; "
+        "MRSA_KEYS holds such lines too. Without keys anybody may ask",
+    )
+    keys: SecretStr | None = Field(None, description="API keys beside those of --keys-file, as its lines")
+    open: bool = Field(
+        False,
+        title=_SERVER,
+        description="let anybody ask at an address that others can reach, where there are no keys",
+    )
+    metrics_open: bool = Field(
+        False,
+        title=_SERVER,
+        description="let anybody read /metrics; by default that takes a key with the scope `metrics`, where there are "
+        "keys",
+    )
     served_model: str | None = Field(
         None, title=_SERVER, description="name of the model towards clients; the method is served as NAME-mrsa"
     )
@@ -182,8 +211,17 @@ class Settings(BaseSettings):
     max_batch_runs: Count = Field(
         256, title=_LIMITS, description="runs of batches in flight, beside those of --max-runs; more wait in the store"
     )
+    max_committed_tokens: Count = Field(
+        1_000_000_000,
+        title=_LIMITS,
+        description="tokens that all runs in flight and waiting may cost together at most; a run that could bring more "
+        "is a 503. One that is alone is let in",
+    )
     max_body_bytes: Count = Field(8 * 2**20, title=_LIMITS, description="largest request body")
     max_file_bytes: Count = Field(100 * 2**20, title=_LIMITS, description="largest file that can be uploaded")
+    header_timeout_s: Seconds = Field(
+        15.0, title=_LIMITS, description="seconds within which the headers of a request must have arrived"
+    )
     body_timeout_s: Seconds = Field(30.0, title=_LIMITS, description="seconds within which a body must have arrived")
     max_population: Count = Field(64, title=_LIMITS, description="largest population")
     max_rounds: Count = Field(32, title=_LIMITS, description="most aggregation rounds")
@@ -246,6 +284,20 @@ class Settings(BaseSettings):
         named = [name for name in ("engine_url", "model") if given.get(name) is not None]
         return {**given, "engine": {"engine_url": "openai", "model": "vllm"}[named[0]]} if named else given
 
+    @property
+    def has_keys(self) -> bool:
+        """Whether a key is needed to ask."""
+        return self.keys_file is not None or self.keys is not None
+
+    @model_validator(mode="after")
+    def _open_on_purpose(self) -> Settings:
+        if not (self.has_keys or self.open or _is_loopback(self.host)):
+            raise ValueError(
+                f"--host {self.host} can be reached by others, and there are no keys: give --keys-file or "
+                "MRSA_KEYS, or --open (MRSA_OPEN) where anybody may ask"
+            )
+        return self
+
     @model_validator(mode="after")
     def _engine_and_model_agree(self) -> Settings:
         if self.engine == "openai" and self.engine_url is None:
@@ -255,3 +307,11 @@ class Settings(BaseSettings):
         if self.engine == "embedded" and self.model is not None:
             raise ValueError("--engine embedded has a model of its own: --model (MRSA_MODEL) is for the other engines")
         return self
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether nobody but this machine reaches an address; what a name stands for may change, so it counts as none."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import orjson
@@ -13,6 +14,7 @@ from starlette.responses import Response
 from harness.run import Watch
 from harness.types import InvalidParams
 from mrsa_server.api.asking import AskService, Key, Route, Writer, read_body, submit
+from mrsa_server.api.auth import caller_of
 from mrsa_server.api.errors import KeyBusy, KeyInUse, RunCancelled, of_params
 from mrsa_server.api.idempotency import Asked, Kept, digest_of, read_key
 from mrsa_server.api.sse import KEEP_ALIVE, ClientGone, EventStream, error_frame, until_gone
@@ -31,20 +33,22 @@ _REPLAYED = {"idempotent-replayed": "true"}
 async def answer(request: Request, route: Route) -> Response:
     """Start the run that a request asks for, and answer with it."""
     service: AskService = request.app.state.asking
-    settings = service.settings
+    settings, caller = service.settings, caller_of(request)
+    request.state.ratelimit = partial(service.runner.tenants.headers, caller.key_id)
     try:
-        name = read_key(request.headers.get("idempotency-key"))
+        name = read_key(request.headers.get("idempotency-key"), caller.key_id)
         raw = await read_body(request, settings.max_body_bytes, settings.body_timeout_s)
-        asking = request.url.path.encode() + b"\0" + raw  # what is valid on one route says nothing on another
+        # What is valid on one route says nothing on another. Not `request.url`, which is made of the Host header.
+        asking = request.scope["path"].encode() + b"\0" + raw
         key = None if name is None else Key(name, digest_of(asking))
         if (earlier := await _earlier(request, service, key)) is not None:
             return earlier
         if route.complete is not None:
-            raw = await route.complete(service, raw)
+            raw = await route.complete(service, raw, caller)
         found = service.keys.find(name, asking)  # again: nothing comes between this and the new run
         if isinstance(found, Kept):
             return _replayed(found)
-        asked = found or submit(service, route, raw, key)
+        asked = found or submit(service, route, raw, caller, key)
         if asked.reply.background:
             return await _detached(service, route, asked)
         if found is None and key is not None:

@@ -27,6 +27,7 @@ from mrsa_server.api.models import ModelNames
 from mrsa_server.api.sse import ClientGone
 from mrsa_server.api.wire import Chat, to_problem, to_wishes
 from mrsa_server.engines.build import ServedEngine
+from mrsa_server.keyring import Caller
 from mrsa_server.runs.record import NewRun, RunKind
 from mrsa_server.runs.runner import Item, Prepare, Prepared, Run, Runner
 from mrsa_server.settings import Settings
@@ -116,7 +117,8 @@ class Route(NamedTuple):
         read: The request in a body, under a name and of a Unix second; what it raises is for the client.
         stream: A writer of a run; with `late` its beginning is not read.
         whole: The body of a response that is not streamed.
-        complete: A body with what it takes over from stored runs; the key of idempotency stands for what came.
+        complete: A body with what it takes over from stored runs that the caller sees; the key of idempotency stands
+            for what came.
         detached: Answers a request whose run goes on in the background.
     """
 
@@ -124,11 +126,11 @@ class Route(NamedTuple):
     read: Callable[[bytes, Settings, str, int], Reply]
     stream: Callable[[Run, Reply, bool], Writer]
     whole: Callable[[Run, State, Reply, Engine], Awaitable[dict[str, object]]]
-    complete: Callable[[AskService, bytes], Awaitable[bytes]] | None = None
+    complete: Callable[[AskService, bytes, Caller], Awaitable[bytes]] | None = None
     detached: Callable[[AskService, StoredRun], Awaitable[Response]] | None = None
 
 
-def submit(service: AskService, route: Route, raw: bytes, key: Key | None = None) -> Asked:
+def submit(service: AskService, route: Route, raw: bytes, caller: Caller, key: Key | None = None) -> Asked:
     """Check a body as far as that needs no engine, and let its run in.
 
     Raises:
@@ -151,9 +153,11 @@ def submit(service: AskService, route: Route, raw: bytes, key: Key | None = None
         idempotency_key=key.name if key else None,
         body_digest=key.digest if key else b"",
         metadata=reply.metadata,
+        key_id=caller.key_id,
     )
     prepare = _preparing(service, reply, wishes, run_id, priority, reply.background)
-    return Asked(service.runner.submit(run_id, prepare, wishes.deadline_s, record if reply.stored else None), reply)
+    kept = record if reply.stored else None
+    return Asked(service.runner.submit(run_id, prepare, wishes.deadline_s, kept, caller.key_id), reply)
 
 
 def _preparing(
@@ -203,7 +207,7 @@ async def _prepare(
         if error.status is not None and error.status >= 500:
             raise EngineFailed(str(error)) from None
         raise BadRequest(f"messages: the model's chat template refuses them: {error}", "messages") from None
-    return Prepared(state, _watch(chat, decided.params.final_candidates))
+    return Prepared(state, _watch(chat, decided.params.final_candidates), question_tokens)
 
 
 def _watch(chat: Chat, final_candidates: int) -> Watch:

@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from harness.types import InvalidParams
 from mrsa_server.api.asking import AskService, Route, read_body
+from mrsa_server.api.auth import caller_of, needs
 from mrsa_server.api.batches_wire import ENDPOINTS, batch_object, hours, parse_batch, spent_of
 from mrsa_server.api.errors import NO_RETRY, ApiError, BadRequest, KeyInUse, of_params
 from mrsa_server.api.files import find_file, not_stored
@@ -23,6 +24,7 @@ from mrsa_server.api.idempotency import digest_of, read_key
 from mrsa_server.api.query import integer, query
 from mrsa_server.api.sse import ClientGone
 from mrsa_server.api.stored import answer_of
+from mrsa_server.keyring import Scope, maker
 from mrsa_server.runs.requests import Answered, Checked, Requests
 
 if TYPE_CHECKING:  # a server without a store loads no database
@@ -64,21 +66,22 @@ def _service(request: Request) -> BatchesService:
 
 
 @router.post("/v1/batches")
+@needs(Scope.INFERENCE)
 async def create_batch(request: Request) -> Response:
     """Begin a batch: `input_file_id`, `endpoint`, `completion_window`, `metadata`, `output_expires_after`."""
     from mrsa_server.runs.batch_store import NewBatch  # it is there, since there is a store
 
-    service = _service(request)
+    service, caller = _service(request), caller_of(request)
     try:
-        key = read_key(request.headers.get("idempotency-key"))
+        key = read_key(request.headers.get("idempotency-key"), caller.key_id)
         raw = await read_body(request, service.max_body_bytes, service.body_timeout_s)
     except ClientGone:
         return Response(status_code=499)  # nobody reads it
-    digest = digest_of(request.url.path.encode() + b"\0" + raw)
+    digest = digest_of(request.scope["path"].encode() + b"\0" + raw)
     if key is not None and (earlier := await service.batches.find_key(key)) is not None:
         return await _same(service, earlier, digest)
     body = parse_batch(raw)
-    file = await find_file(service.files, body.input_file_id)
+    file = await find_file(service.files, body.input_file_id, caller)
     if file is None or file.purpose != "batch":
         message = f"input_file_id: there is no file {body.input_file_id[:128]!r} of the purpose batch"
         raise BadRequest(message, "input_file_id")
@@ -95,6 +98,7 @@ async def create_batch(request: Request) -> Response:
         metadata=body.metadata,
         idempotency_key=key,
         body_digest=digest,
+        key_id=caller.key_id,
     )
     made = await service.batches.create(record)
     service.wake()
@@ -109,6 +113,7 @@ async def _same(service: BatchesService, batch: StoredBatch, digest: bytes) -> R
 
 
 @router.get("/v1/batches")
+@needs(Scope.INFERENCE)
 async def list_batches(request: Request) -> Response:
     """A page of batches, the newest first, from the one `after` on."""
     service = _service(request)
@@ -116,7 +121,9 @@ async def list_batches(request: Request) -> Response:
     limit = integer(asked, "limit", 1, _MOST_BATCHES, _USUAL_BATCHES)
     if "after" in asked and not _NAME.fullmatch(asked["after"]):
         raise BadRequest(f"after: there is no batch {asked['after'][:128]!r}", "after")
-    found = await service.batches.list_batches(after=asked.get("after"), limit=limit + 1)
+    found = await service.batches.list_batches(
+        after=asked.get("after"), limit=limit + 1, key_id=caller_of(request).only
+    )
     page = found[:limit]
     counts = await service.batches.counts([batch.batch_id for batch in page])
     return _json(
@@ -131,20 +138,27 @@ async def list_batches(request: Request) -> Response:
 
 
 @router.get("/v1/batches/{batch_id}")
+@needs(Scope.INFERENCE)
 async def get_batch(request: Request, batch_id: str) -> Response:
     """A batch and how far it is."""
     service = _service(request)
+    return await _told(service, await _find(request, service, batch_id))
+
+
+async def _find(request: Request, service: BatchesService, batch_id: str) -> StoredBatch:
     batch = await service.batches.get(batch_id) if _NAME.fullmatch(batch_id) else None
-    if batch is None:
+    if batch is None or not caller_of(request).sees(batch.key_id):
         raise _unknown(batch_id)
-    return await _told(service, batch)
+    return batch
 
 
 @router.post("/v1/batches/{batch_id}/cancel")
+@needs(Scope.INFERENCE)
 async def cancel_batch(request: Request, batch_id: str) -> Response:
     """End a batch; what has an answer by then is in its output."""
     service = _service(request)
-    batch = await service.batches.request_cancel(batch_id) if _NAME.fullmatch(batch_id) else None
+    await _find(request, service, batch_id)
+    batch = await service.batches.request_cancel(batch_id)
     if batch is None:
         raise _unknown(batch_id)
     if batch.status not in ("cancelling", "cancelled"):
@@ -172,11 +186,11 @@ def _json(body: object) -> Response:
 def requests_of(service: AskService) -> Requests:
     """How lines are read and answered: as the routes would, were they sent one by one."""
 
-    async def check(endpoint: str, body: bytes) -> Checked:
+    async def check(endpoint: str, body: bytes, key_id: str | None) -> Checked:
         route = service.routes[ENDPOINTS[endpoint]]
         try:
             if route.complete is not None:
-                body = await route.complete(service, body)
+                body = await route.complete(service, body, maker(key_id))
             return await asyncio.to_thread(_checked, service, route, body)
         except InvalidParams as error:
             return _refused(route, body, of_params(error))

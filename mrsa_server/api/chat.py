@@ -7,15 +7,18 @@ from starlette.responses import Response
 
 from mrsa_server.api.answering import answer
 from mrsa_server.api.asking import Route
+from mrsa_server.api.auth import needs
 from mrsa_server.api.chunks import ChatChunks
 from mrsa_server.api.completion import Reply, completion
 from mrsa_server.api.wire import parse_chat
+from mrsa_server.keyring import Scope
 from mrsa_server.settings import Settings
 
 router = APIRouter()
 
 
 @router.post("/v1/chat/completions")
+@needs(Scope.INFERENCE)
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation; `mrsa` in the body, or the model's name, says with how much work."""
     return await answer(request, ROUTE)

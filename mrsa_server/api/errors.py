@@ -8,7 +8,9 @@ ApiError
     RunCancelled       409  somebody ended the run
     TakenOver          503  another server goes on with the run
     StoreAway          503  the store does not answer; a retry may succeed
+    RateLimited        429  the key has used what it may; a retry after that many seconds may succeed
     Overloaded         503  too many runs at once; a retry may succeed
+    OverBudget         503  the runs in flight may cost too much already; likewise
     Crowded            503  too many connections at once; likewise
     ShuttingDown       503  this server is about to leave; another one may answer
     EngineUnavailable  503  the engine is starting or gone; a retry may succeed
@@ -20,6 +22,7 @@ ApiError
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import ceil
 
 import orjson
 from starlette.responses import Response
@@ -43,6 +46,7 @@ _TOP_LEVEL = frozenset(
 # Where a retry of the SDK's would cost a second run.
 NO_RETRY = (("x-should-retry", "false"),)
 _RETRY_AFTER_S = 5
+_LONGEST_RETRY_S = 120  # the SDKs do not retry what is to wait longer
 _RETRY = (("retry-after", str(_RETRY_AFTER_S)),)
 
 
@@ -81,6 +85,8 @@ class ApiError(Exception):
     def body(self) -> dict[str, object]:
         """What the client reads, in a response and in a stream alike."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        if self.status == 429:
+            kind = "rate_limit_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
@@ -135,12 +141,39 @@ class KeyBusy(ApiError):
         super().__init__(409, "idempotency_key_busy", message, headers=(("retry-after", "1"),))
 
 
+class RateLimited(ApiError):
+    """The key has used what it may for now."""
+
+    def __init__(self, message: str, wait_s: float) -> None:
+        seconds = min(_LONGEST_RETRY_S, max(1, ceil(wait_s)))
+        super().__init__(429, "rate_limit_exceeded", message, headers=(("retry-after", str(seconds)),))
+
+
+def _limit(name: str, most: int, left: int) -> tuple[tuple[str, str], ...]:
+    """How the whole server stands, in OpenAI's words."""
+    figures = (("limit", str(most)), ("remaining", str(max(0, left))), ("reset", f"{_RETRY_AFTER_S}s"))
+    return tuple((f"x-ratelimit-{what}-{name}", figure) for what, figure in figures)
+
+
 class Overloaded(ApiError):
     """Too many runs at once."""
 
     def __init__(self, running: int, queued: int) -> None:
         message = f"{running} runs are in flight and {queued} wait: try again in {_RETRY_AFTER_S} s."
-        super().__init__(503, "server_overloaded", message, headers=_RETRY)
+        headers = (*_RETRY, *_limit("requests", running + queued, 0))
+        super().__init__(503, "server_overloaded", message, headers=headers)
+
+
+class OverBudget(ApiError):
+    """The runs in flight may cost so much already that another one has to wait."""
+
+    def __init__(self, need: int, committed: int, most: int) -> None:
+        message = (
+            f"This run may cost {need} tokens, and those in flight {committed} of the {most} that this server takes on "
+            f"at once: try again in {_RETRY_AFTER_S} s, or bound it by less effort or mrsa.budget_tokens."
+        )
+        headers = (*_RETRY, *_limit("tokens", most, most - committed))
+        super().__init__(503, "server_overloaded", message, headers=headers)
 
 
 class Crowded(ApiError):

@@ -12,10 +12,12 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response, StreamingResponse
 
 from harness.selection import MathJudge
+from mrsa_server.api.auth import caller_of, needs
 from mrsa_server.api.errors import BadRequest
 from mrsa_server.api.query import boolean, integer, moment, one_of, query
 from mrsa_server.api.runs import RUN_NAME, RunsService
 from mrsa_server.api.training import Exporter, Form, Only, Rounds, Thinking, Wanted
+from mrsa_server.keyring import Scope
 from mrsa_server.runs.record import Ended, StoredStatus
 
 if TYPE_CHECKING:  # a server without a store loads no database
@@ -51,6 +53,7 @@ class _Asked:
 
 
 @router.get("/v1/export")
+@needs(Scope.RUNS_READ)
 async def export(request: Request) -> Response:
     """Rows of `format` sft or rl, the newest run first, however many there are; memory holds one run at a time.
 
@@ -131,6 +134,7 @@ async def _asked(request: Request, store: RunStore) -> _Asked:
             model=asked.get("model"),
             since=moment(asked, "since"),
             until=moment(asked, "until"),
+            key_id=caller_of(request).only,
         ),
         await _named(request, asked, store),
         integer(asked, "limit", 1, _MOST_ROWS, _MOST_ROWS),
@@ -146,6 +150,7 @@ async def _named(request: Request, asked: dict[str, str], store: RunStore) -> tu
         if name in asked:
             raise BadRequest(f"{name}: cannot be combined with run, which names the runs", name)
     for name in named:
-        if not RUN_NAME.fullmatch(name) or await store.get(name) is None:
+        run = await store.get(name) if RUN_NAME.fullmatch(name) else None
+        if run is None or not caller_of(request).sees(run.key_id):
             raise BadRequest(f"run: there is no run {name[:128]!r}", "run")
     return named

@@ -18,10 +18,12 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.responses import Response, StreamingResponse
 
+from mrsa_server.api.auth import caller_of, needs
 from mrsa_server.api.batches_wire import LONGEST_S, file_object, parse_expiry
 from mrsa_server.api.errors import ApiError, BadRequest
 from mrsa_server.api.query import integer, one_of, query
 from mrsa_server.api.sse import ClientGone
+from mrsa_server.keyring import Caller, Scope
 from mrsa_server.runs.record import FilePurpose
 from mrsa_server.runs.store_errors import StoreUnavailable
 
@@ -63,6 +65,7 @@ def _files(request: Request) -> tuple[FilesService, FileStore]:
 
 
 @router.post("/v1/files")
+@needs(Scope.INFERENCE)
 async def upload_file(request: Request) -> Response:
     """Store a file of requests, sent as a form: `file`, `purpose` (batch) and `expires_after`."""
     service, files = _files(request)
@@ -71,12 +74,12 @@ async def upload_file(request: Request) -> Response:
     except ClientGone:
         return Response(status_code=499)  # nobody reads it
     try:
-        return _json(file_object(await _keep(files, form, service.max_file_bytes)))
+        return _json(file_object(await _keep(files, form, service.max_file_bytes, caller_of(request).key_id)))
     finally:
         await form.close()
 
 
-async def _keep(files: FileStore, form: FormData, max_bytes: int) -> StoredFile:
+async def _keep(files: FileStore, form: FormData, max_bytes: int, key_id: str | None) -> StoredFile:
     for name, count in ((name, len(form.getlist(name))) for name in form):
         if name not in _KNOWN:
             raise BadRequest(f"{name[:64]}: is not a parameter here", name[:64], "unknown_parameter")
@@ -98,7 +101,7 @@ async def _keep(files: FileStore, form: FormData, max_bytes: int) -> StoredFile:
     keep_s = parse_expiry(*(part if isinstance(part, str) else None for part in given))
     now = time.time()
     # Without a word about it, a month, as OpenAI's: batches have read theirs long before.
-    writing = await files.begin(filename, "batch", now, now + (keep_s or LONGEST_S))
+    writing = await files.begin(filename, "batch", now, now + (keep_s or LONGEST_S), key_id)
     try:
         while data := await found.read(_READ_BYTES):
             await writing.write(data)
@@ -169,15 +172,16 @@ def _too_large(max_bytes: int) -> ApiError:
 
 
 @router.get("/v1/files")
+@needs(Scope.INFERENCE)
 async def list_files(request: Request) -> Response:
     """A page of files, the newest first unless `order` is `asc`; by `purpose`, from the file `after` on."""
-    _, files = _files(request)
+    caller, (_, files) = caller_of(request), _files(request)
     asked = query(request, {"purpose", "limit", "order", "after"})
     limit = integer(asked, "limit", 1, _MOST_FILES, _MOST_FILES)
     order = one_of(asked.get("order", "desc"), "order", ("desc", "asc"))
     after = None
     if "after" in asked:
-        after = await find_file(files, asked["after"])
+        after = await find_file(files, asked["after"], caller)
         if after is None:
             raise BadRequest(f"after: there is no file {asked['after'][:128]!r}", "after")
     purpose = asked.get("purpose")
@@ -188,22 +192,25 @@ async def list_files(request: Request) -> Response:
         after=after,
         order="asc" if order == "asc" else "desc",
         limit=limit + 1,
+        key_id=caller.only,
     )
     return _json(_page([file_object(file) for file in found[:limit]], more=len(found) > limit))
 
 
 @router.get("/v1/files/{file_id}")
+@needs(Scope.INFERENCE)
 async def get_file(request: Request, file_id: str) -> Response:
     """What is known of a file."""
     _, files = _files(request)
-    return _json(file_object(await _found(files, file_id)))
+    return _json(file_object(await _found(request, files, file_id)))
 
 
 @router.get("/v1/files/{file_id}/content")
+@needs(Scope.INFERENCE)
 async def file_content(request: Request, file_id: str) -> Response:
     """What is in a file."""
     _, files = _files(request)
-    file = await _found(files, file_id)
+    file = await _found(request, files, file_id)
     headers = {
         "content-length": str(file.bytes),
         "content-disposition": "attachment",  # a browser is to show nothing that a client has written
@@ -213,24 +220,28 @@ async def file_content(request: Request, file_id: str) -> Response:
 
 
 @router.delete("/v1/files/{file_id}")
+@needs(Scope.INFERENCE)
 async def delete_file(request: Request, file_id: str) -> Response:
     """Forget a file. A batch that has read it goes on; one that has not fails."""
     _, files = _files(request)
-    file = await _found(files, file_id)
+    file = await _found(request, files, file_id)
     await files.delete(file.file_id)
     return _json({"id": file_id, "object": "file", "deleted": True})
 
 
-async def _found(files: FileStore, file_id: str) -> StoredFile:
-    file = await find_file(files, file_id)
+async def _found(request: Request, files: FileStore, file_id: str) -> StoredFile:
+    file = await find_file(files, file_id, caller_of(request))
     if file is None:
         raise ApiError(404, "not_found", f"There is no file {file_id[:128]!r}.")
     return file
 
 
-async def find_file(files: FileStore, file_id: str) -> StoredFile | None:
-    """A file by a name that a client gave."""
-    return await files.get(file_id) if file_id.isascii() and file_id.isprintable() and len(file_id) <= 128 else None
+async def find_file(files: FileStore, file_id: str, caller: Caller) -> StoredFile | None:
+    """A file by a name that a client gave; None where there is none that it sees."""
+    if not (file_id.isascii() and file_id.isprintable() and len(file_id) <= 128):
+        return None
+    file = await files.get(file_id)
+    return file if file is not None and caller.sees(file.key_id) else None
 
 
 def _page(data: list[dict[str, object]], *, more: bool) -> dict[str, object]:

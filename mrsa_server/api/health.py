@@ -6,7 +6,9 @@ import orjson
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from mrsa_server.api.auth import needs, public
 from mrsa_server.api.errors import ApiError
+from mrsa_server.keyring import Scope
 from mrsa_server.metrics import Metrics
 from mrsa_server.runs.pulse import Pulse
 from mrsa_server.runs.runner import Runner
@@ -15,12 +17,14 @@ router = APIRouter()
 
 
 @router.get("/health/live")
+@public
 async def live() -> Response:
     """The event loop turns: that is all that a restart could mend."""
     return Response(orjson.dumps({"status": "ok"}), media_type="application/json")
 
 
 @router.get("/health/ready")
+@public
 async def ready(request: Request) -> Response:
     """Requests would be answered: engine and store answer, the server stays. A full queue is no reason against."""
     runner: Runner = request.app.state.runner
@@ -35,6 +39,7 @@ async def ready(request: Request) -> Response:
 
 
 @router.get("/metrics")
+@needs(Scope.METRICS)
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
     runner: Runner = request.app.state.runner

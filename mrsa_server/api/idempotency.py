@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,6 +20,8 @@ from mrsa_server.api.errors import ApiError, BadRequest, KeyInUse, TakenOver
 from mrsa_server.runs.runner import Run
 
 _MAX_KEY = 255  # characters, as at Stripe, where the header comes from
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_BESIDE = "\x1f"  # between the ids of an API key and of idempotency, neither of which can have it
 
 log = structlog.get_logger("mrsa.http")
 
@@ -140,17 +143,25 @@ class Keys:
             timer.cancel()
 
 
-def read_key(given: str | None) -> str | None:
-    """The key of a request, if it has one.
+def read_key(given: str | None, key_id: str | None) -> str | None:
+    """The key of a request, if it has one: the same of another API key is another.
+
+    Args:
+        given: As the client wrote it.
+        key_id: Its API key; None on a server without keys.
 
     Raises:
-        BadRequest: It is empty or too long.
+        BadRequest: It is empty or too long, or has control characters.
     """
     if given is not None and not 1 <= len(given) <= _MAX_KEY:
         raise BadRequest(
             f"Idempotency-Key: must be 1 to {_MAX_KEY} characters, not {len(given)}", code="invalid_idempotency_key"
         )
-    return given
+    if given is None:
+        return None
+    if _CONTROL.search(given):
+        raise BadRequest("Idempotency-Key: must have no control characters", code="invalid_idempotency_key")
+    return given if key_id is None else f"{key_id}{_BESIDE}{given}"
 
 
 def digest_of(body: bytes) -> bytes:

@@ -8,6 +8,7 @@ import orjson
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from mrsa_server.api.auth import any_key
 from mrsa_server.api.errors import EngineUnavailable, UnknownModel
 from mrsa_server.api.wire import ALIAS_SUFFIX
 from mrsa_server.runs.host import EngineHost
@@ -66,6 +67,7 @@ def _models(request: Request) -> ModelNames:
 
 
 @router.get("/v1/models")
+@any_key
 async def list_models(request: Request) -> Response:
     """Both names of the model."""
     body = orjson.dumps({"object": "list", "data": _models(request).listed()})
@@ -73,6 +75,7 @@ async def list_models(request: Request) -> Response:
 
 
 @router.get("/v1/models/{model:path}")
+@any_key
 async def get_model(model: str, request: Request) -> Response:
     """One of them."""
     for entry in _models(request).listed():

@@ -10,6 +10,7 @@ from fastapi import Request
 
 from mrsa_server.api.errors import BadRequest
 
+MOST_CHARACTERS = 256  # of a value
 _SECONDS = re.compile(r"\d{1,12}(?:\.\d{1,9})?", re.ASCII)
 _DATE = re.compile(r"(?:19|20)\d{6}", re.ASCII)  # ISO 8601 without its dashes: no run is from early 1970
 
@@ -18,11 +19,13 @@ def query(request: Request, known: set[str]) -> dict[str, str]:
     """The parameters of a request; of one that is repeated, the last.
 
     Raises:
-        BadRequest: One is not among those that are known.
+        BadRequest: One is not among those that are known, or is too long.
     """
     for name in request.query_params:
         if name not in known:
-            raise BadRequest(f"{name}: is no parameter here; known are {', '.join(sorted(known))}", name)
+            raise BadRequest(f"{name[:64]}: is no parameter here; known are {', '.join(sorted(known))}", name[:64])
+        if any(len(value) > MOST_CHARACTERS for value in request.query_params.getlist(name)):
+            raise BadRequest(f"{name}: must be at most {MOST_CHARACTERS} characters", name)
     return dict(request.query_params)
 
 

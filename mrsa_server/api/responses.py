@@ -22,6 +22,7 @@ from harness.markovian_rsa import State
 from harness.run import Watch
 from mrsa_server.api.answering import answer
 from mrsa_server.api.asking import RUN, AskService, Route
+from mrsa_server.api.auth import caller_of, needs
 from mrsa_server.api.completion import Reply, chosen, read_thinking, thinking_of
 from mrsa_server.api.errors import ApiError, BadRequest, EngineUnavailable, RunCancelled, ShuttingDown, of_stored
 from mrsa_server.api.query import boolean, integer, one_of, query
@@ -29,6 +30,7 @@ from mrsa_server.api.response_events import ResponseEvents
 from mrsa_server.api.responses_wire import RESPONSE, check_body, continued, input_items, parse_response, previous_of
 from mrsa_server.api.sse import KEEP_ALIVE, EventStream, named_frame
 from mrsa_server.api.stored import Retelling, add_traces, answer_of, further, log_of, unavailable
+from mrsa_server.keyring import Caller, Scope
 from mrsa_server.runs.host import Health
 from mrsa_server.runs.runner import Prepared, Run
 from mrsa_server.runs.store_errors import NoSuchRun, StoreUnavailable
@@ -48,18 +50,21 @@ _USUAL_ITEMS = 20
 
 
 @router.post("/v1/responses")
+@needs(Scope.INFERENCE)
 async def create_response(request: Request) -> Response:
     """Answer an input; `reasoning`, `mrsa` or the model's name says with how much work."""
     return await answer(request, ROUTE)
 
 
 @router.post("/v1/responses/compact")
+@needs(Scope.INFERENCE)
 async def compact_response() -> Response:
     """Known to clients, and not served: nothing here makes a conversation shorter."""
     raise ApiError(404, "not_found", "Conversations are not compacted here: send what the model is to read.")
 
 
 @router.get("/v1/responses/{response_id}")
+@needs(Scope.INFERENCE)
 async def get_response(request: Request, response_id: str) -> Response:
     """A response as it stands; with `stream` its events, from the one after `starting_after` on."""
     service, store, record = await _find(request, response_id)
@@ -78,6 +83,7 @@ async def get_response(request: Request, response_id: str) -> Response:
 
 
 @router.post("/v1/responses/{response_id}/cancel")
+@needs(Scope.INFERENCE)
 async def cancel_response(request: Request, response_id: str) -> Response:
     """End a response that is made in the background, wherever that is; one that has ended stays as it is."""
     service, store, record = await _find(request, response_id)
@@ -93,6 +99,7 @@ async def cancel_response(request: Request, response_id: str) -> Response:
 
 
 @router.delete("/v1/responses/{response_id}")
+@needs(Scope.INFERENCE)
 async def delete_response(request: Request, response_id: str) -> Response:
     """Forget a response with its run; one that is still made is ended first."""
     service, store, record = await _find(request, response_id)
@@ -105,6 +112,7 @@ async def delete_response(request: Request, response_id: str) -> Response:
 
 
 @router.get("/v1/responses/{response_id}/input_items")
+@needs(Scope.INFERENCE)
 async def list_input_items(request: Request, response_id: str) -> Response:
     """What a response was asked with, earlier turns included, the newest first unless `order` is `asc`."""
     _, _, record = await _find(request, response_id)
@@ -136,7 +144,7 @@ async def _whole(run: Run, state: State, reply: Reply, engine: Engine) -> dict[s
     return events.body
 
 
-async def _complete(service: AskService, raw: bytes) -> bytes:
+async def _complete(service: AskService, raw: bytes, caller: Caller) -> bytes:
     """A body whose input begins with the conversation that it goes on with.
 
     Raises:
@@ -155,7 +163,7 @@ async def _complete(service: AskService, raw: bytes) -> bytes:
             raise
     name = _NAME.fullmatch(earlier)
     record = await service.store.get(RUN + name[1]) if name else None
-    if record is None or record.kind != "response":
+    if record is None or record.kind != "response" or not caller.sees(record.key_id):
         raise BadRequest(
             f"previous_response_id: there is no response {earlier[:128]!r}",
             "previous_response_id",
@@ -322,7 +330,7 @@ async def _find(request: Request, response_id: str) -> tuple[AskService, RunStor
         )
     name = _NAME.fullmatch(response_id)
     record = await service.store.get(RUN + name[1]) if name else None
-    if record is None or record.kind != "response":
+    if record is None or record.kind != "response" or not caller_of(request).sees(record.key_id):
         raise _unknown(response_id)
     return service, service.store, record
 

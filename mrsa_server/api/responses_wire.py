@@ -326,7 +326,7 @@ class ResponsesBody(Wire):
     background: bool | None = None
     previous_response_id: Name | None = None  # its conversation is in `input` by now, see `continued`
     # Known, and refused unless they ask for nothing.
-    top_logprobs: Literal[0] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None  # `Literal[0]` takes false
     conversation: None = None
     prompt: None = None
     context_management: None = None

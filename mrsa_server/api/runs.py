@@ -21,11 +21,13 @@ from harness.events import RunFailed, RunFinished
 from harness.markovian_rsa import State, fold
 from harness.prompts import Templates
 from harness.types import Slot, TokenIds, Trace
+from mrsa_server.api.auth import caller_of, needs
 from mrsa_server.api.errors import ApiError, BadRequest, EngineFailed, EngineUnavailable
 from mrsa_server.api.query import integer, one_of, query
 from mrsa_server.api.sse import KEEP_ALIVE, EventStream
 from mrsa_server.api.stored import further, log_of, unavailable
 from mrsa_server.api.wire import echo
+from mrsa_server.keyring import Scope
 from mrsa_server.runs.codec import KINDS
 from mrsa_server.runs.record import RunKind, StoredStatus
 from mrsa_server.runs.runner import Runner
@@ -71,11 +73,12 @@ def _store(request: Request) -> tuple[RunsService, RunStore]:
 
 
 @router.get("/v1/runs")
+@needs(Scope.RUNS_READ)
 async def list_runs(request: Request) -> Response:
     """A page of runs, the newest first; by `status`, `model`, `kind`, `batch`; `limit` of them `after` one."""
     from mrsa_server.runs.store import RunFilter  # it is there, since there is a store
 
-    _, store = _store(request)
+    caller, (_, store) = caller_of(request), _store(request)
     asked = query(request, {"limit", "after", "status", "model", "kind", "batch"})
     limit = integer(asked, "limit", 1, _MOST_RUNS, _USUAL_RUNS)
     status = tuple(asked.get("status", "").split(",")) if "status" in asked else ()
@@ -87,10 +90,11 @@ async def list_runs(request: Request) -> Response:
         status=cast("tuple[StoredStatus, ...]", status),
         model=asked.get("model"),
         kind=cast("RunKind | None", asked.get("kind")),
+        key_id=caller.only,
         batch_id=asked.get("batch"),
     )
     last = await store.get(asked["after"]) if RUN_NAME.fullmatch(asked.get("after", "")) else None
-    if "after" in asked and last is None:
+    if "after" in asked and (last is None or not caller.sees(last.key_id)):
         raise BadRequest(f"after: there is no run {asked['after'][:128]!r}", "after")
     for name in ("model", "batch"):
         if not asked.get(name, "").isprintable():
@@ -109,54 +113,60 @@ async def list_runs(request: Request) -> Response:
 
 
 @router.get("/v1/runs/{run_id}")
+@needs(Scope.RUNS_READ)
 async def get_run(request: Request, run_id: str) -> Response:
     """A run with all its rounds and rollouts, who reads whom, tails, answers and usage."""
     service, store = _store(request)
-    run = await _find(store, run_id)
+    run = await _find(request, store, run_id)
     return _json(_tree(run, await log_of(store, run_id), service.templates))
 
 
 @router.delete("/v1/runs/{run_id}")
+@needs(Scope.RUNS_WRITE)
 async def cancel_run(request: Request, run_id: str) -> Response:
     """End a run, wherever it is; one that has ended stays as it is."""
     _, store = _store(request)
-    run = await _find(store, run_id)
+    run = await _find(request, store, run_id)
     if run.ended_at is None:
         await store.request_cancel(run_id)
     return _json({**_summary(run), "cancel_requested": run.ended_at is None})
 
 
 @router.get("/v1/runs/{run_id}/events")
+@needs(Scope.RUNS_READ)
 async def run_events(request: Request, run_id: str) -> Response:
     """The events of a run as a stream, numbered by `id:`; from `after` or `Last-Event-ID` on, up to its end.
+
+    Of the two the later counts: a browser that comes back sends the one with the address that has the other.
 
     Once there is nothing more to come the answer is a 204, at which a browser's EventSource asks no more.
     """
     service, store = _store(request)
     asked = query(request, {"after"})
-    if "after" not in asked and "last-event-id" in request.headers:
-        asked = {"after": request.headers["last-event-id"]}
-    after = integer(asked, "after", 0, 2**31 - 1, 0)
-    run = await _find(store, run_id)
+    last_read = integer(request.headers, "last-event-id", 0, 2**31 - 1, 0)
+    after = max(integer(asked, "after", 0, 2**31 - 1, 0), last_read)
+    run = await _find(request, store, run_id)
     if run.ended_at is not None and after >= run.last:
         return Response(status_code=204)
     return EventStream(lambda: _frames(service, store, run_id, after), _broken)
 
 
 @router.get("/v1/runs/{run_id}/export")
+@needs(Scope.RUNS_READ)
 async def export_run(request: Request, run_id: str) -> Response:
     """The log of a run as JSON lines."""
     _, store = _store(request)
-    await _find(store, run_id)
+    await _find(request, store, run_id)
     lines = [orjson.dumps(_numbered(stored), default=_plain) for stored in await log_of(store, run_id)]
     return Response(b"".join(line + b"\n" for line in lines), media_type="application/jsonl")
 
 
 @router.get("/v1/runs/{run_id}/traces/{round}/{index}")
+@needs(Scope.RUNS_READ)
 async def run_trace(request: Request, run_id: str, round: str, index: str) -> Response:
     """All that one rollout generated, as ids and, where the engine is up, as text."""
     service, store = _store(request)
-    await _find(store, run_id)
+    await _find(request, store, run_id)
     place = {"round": round, "index": index}
     slot = Slot(integer(place, "round", 0, 10_000, 0), integer(place, "index", 0, 1_000_000, 0))
     trace = await store.trace(run_id, slot)
@@ -220,9 +230,9 @@ def _broken(error: ApiError) -> bytes:
     return b"event: error\ndata: " + orjson.dumps(error.body()) + b"\n\n"
 
 
-async def _find(store: RunStore, run_id: str) -> StoredRun:
+async def _find(request: Request, store: RunStore, run_id: str) -> StoredRun:
     run = await store.get(run_id) if RUN_NAME.fullmatch(run_id) else None
-    if run is None:
+    if run is None or not caller_of(request).sees(run.key_id):
         raise ApiError(404, "not_found", f"There is no run {run_id!r}.")
     return run
 
@@ -243,6 +253,7 @@ def _summary(run: RunSummary) -> dict[str, object]:
         "events": run.last,
         "cancel_requested": run.cancel_requested,
         "metadata": dict(run.metadata),
+        "key_id": run.key_id,
         "batch_id": run.batch_id,
         "custom_id": run.custom_id,
     }

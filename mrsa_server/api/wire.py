@@ -51,6 +51,15 @@ class Wire(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def _no(value: object) -> object:
+    if value is not False and value is not None:  # a literal takes 0 too, which is equal
+        raise PydanticCustomError("invalid_value", "must be False")
+    return value
+
+
+No = Annotated[Literal[False], BeforeValidator(_no)]
+
+
 class TextPart(Wire):
     """Text of a message."""
 
@@ -118,7 +127,7 @@ class CallIn(Wire):
     id: Name
     type: Literal["function"] = "function"
     function: CalledFunction
-    index: int | None = None  # some clients send back what they read from a stream
+    index: Annotated[int, Field(ge=0, le=_MAX_INT)] | None = None  # some clients send back what they read from a stream
 
 
 class MessageIn(Wire):
@@ -200,7 +209,7 @@ class StreamOptions(Wire):
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
-    continuous_usage_stats: Literal[False] | None = None
+    continuous_usage_stats: No | None = None
 
 
 class Reasoning(Wire):
@@ -240,10 +249,12 @@ class MrsaIn(Wire):
     carry: Literal["reasoning", "answer", "hybrid"] | None = None
     selection: Literal["vote", "first"] | None = None
     budget_tokens: Tokens | None = None
-    deadline_s: Annotated[float, Field(gt=0)] | None = None
+    deadline_s: Annotated[float, Field(gt=0, le=_MAX_INT)] | None = None
     final_temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    stop_when_agreed: Annotated[AgreementIn | None, BeforeValidator(_agreement)] = None
+    stop_when_agreed: Annotated[
+        AgreementIn | None, BeforeValidator(_agreement, json_schema_input_type=AgreementIn | bool | None)
+    ] = None
     skip_agreed_sets: bool | None = None
     quorum: Tokens | None = None
     start_small: Annotated[int, Field(ge=2, le=_MAX_INT)] | None = None
@@ -292,10 +303,10 @@ class ChatBody(Wire):
     safety_identifier: Short | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
     # Known, and refused unless they ask for nothing.
-    logprobs: Literal[False] | None = None
-    top_logprobs: Literal[0] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-    modalities: list[Literal["text"]] | None = None
+    logprobs: No | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None  # `Literal[0]` takes false
+    logit_bias: Annotated[dict[Short, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=0)] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=16)] | None = None
     audio: None = None
     functions: None = None
     function_call: None = None

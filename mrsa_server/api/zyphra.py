@@ -41,7 +41,7 @@ _WARNED = (
     "return_aggregation_prompt",
     "rsa_return_aggregation_prompt",
 )
-_ALL = frozenset((*_FIELDS, *_PACORE, *_TAILS, *_SUMMARIES, *_IGNORED, *_WARNED))
+FIELDS_OF_PROXY = frozenset((*_FIELDS, *_PACORE, *_TAILS, *_SUMMARIES, *_IGNORED, *_WARNED))
 
 
 def translate(data: dict[str, Any]) -> tuple[dict[str, Any], Mapping[str, str], list[str]]:
@@ -57,10 +57,10 @@ def translate(data: dict[str, Any]) -> tuple[dict[str, Any], Mapping[str, str], 
     Raises:
         BadRequest: If it asks for summaries in place of tails, or contradicts `mrsa`.
     """
-    theirs = data.keys() & _ALL
+    theirs = data.keys() & FIELDS_OF_PROXY
     if not theirs:
         return data, {}, []
-    rest = {name: value for name, value in data.items() if name not in _ALL}
+    rest = {name: value for name, value in data.items() if name not in FIELDS_OF_PROXY}
     warnings = [
         f"{name} is not supported and was ignored"
         for name in sorted(theirs)

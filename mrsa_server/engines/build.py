@@ -72,6 +72,7 @@ def build(settings: Settings) -> ServedEngine:
                 read_timeout_s=settings.engine_timeout_s,
                 max_tokens_field=settings.engine_max_tokens_field,
                 priority=settings.engine_priority,
+                cache_salt=settings.engine_cache_salt,
                 max_connections=settings.max_inflight_calls + SHORT_CALLS,
             )
         case "vllm":

@@ -20,6 +20,7 @@ from typing import Any
 import aiohttp
 import httpx
 import orjson
+import structlog
 from httpx_aiohttp import AiohttpTransport
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -57,6 +58,9 @@ _UNWATCHED_READS_PER_S = 200.0
 _TOKENS_PER_S = 40.0
 
 
+log = structlog.get_logger("mrsa.engine")
+
+
 class Level(Enum):
     """What a server can do, as the header says."""
 
@@ -80,6 +84,8 @@ class OpenAIEngine:
         max_connections: Most at once; further generations wait here.
         max_tokens_field: Where the server wants the bound in a chat; `max_completion_tokens` for OpenAI's own models.
         priority: Whether to send priorities to a server that takes ids (vLLM); None for until it refuses one.
+        cache_salt: Whether to send the salts of keys, so that none has another's prompts in its cache; None for to a
+            server that takes ids, until it refuses one.
     """
 
     def __init__(
@@ -94,6 +100,7 @@ class OpenAIEngine:
         max_connections: int = 4096,
         max_tokens_field: str = "max_tokens",
         priority: bool | None = None,
+        cache_salt: bool | None = None,
     ) -> None:
         self._root = url.rstrip("/").removesuffix("/v1")
         self.model = model or ""
@@ -107,7 +114,10 @@ class OpenAIEngine:
         self._max_connections = max_connections
         self._max_tokens_field = max_tokens_field
         self._priority = priority is not False
-        self._priority_is_wish = priority is None
+        self._cache_salt = cache_salt
+        self._wishes = {"priority"} if priority is None else set()  # sent until they are refused
+        if cache_salt is None:
+            self._wishes.add("cache_salt")
         self.memory_tokens: int | None = None  # of the KV cache, where vLLM's metrics tell it
         self._urls: dict[str, httpx.URL] = {}
         self._transport: AiohttpTransport | None = None
@@ -209,17 +219,23 @@ class OpenAIEngine:
                 yield delta
 
     async def _begin(self, stack: AsyncExitStack, path: str, body: bytes) -> httpx.Response:
-        """A generation's response; where it was refused for its priority, that of another try without."""
-        try:
-            return await stack.enter_async_context(self._send("POST", path, body))
-        except EngineError as error:
-            fields = orjson.loads(body)
-            if not self._priority_is_wish or error.status not in (400, 422) or "priority" not in str(error).lower():
-                raise
-            if fields.pop("priority", None) is None:
-                raise
-            self._priority = False
-        return await stack.enter_async_context(self._send("POST", path, _dumps(fields)))
+        """A generation's response; where it was refused for what may be left out, that of another try without."""
+        while True:
+            try:
+                return await stack.enter_async_context(self._send("POST", path, body))
+            except EngineError as error:
+                fields = orjson.loads(body)
+                said = str(error).lower() if error.status in (400, 422) else ""
+                blamed = next((wish for wish in self._wishes if wish in said and wish in fields), None)
+                if blamed is None:
+                    raise
+            if blamed == "priority":
+                self._priority = False
+            else:
+                self._cache_salt = False
+                log.warning("the engine takes no cache_salt: prompts of all keys share its cache", reason=said[:200])
+            del fields[blamed]
+            body = _dumps(fields)
 
     async def decode(self, token_ids: TokenIds) -> str:
         """The text of some ids, special tokens left out."""
@@ -357,6 +373,7 @@ class OpenAIEngine:
 
     def _common(self, request: RolloutRequest) -> dict[str, object]:
         sampling = request.sampling
+        salted = self._prompts is not None if self._cache_salt is None else self._cache_salt
         body: dict[str, object] = {
             "model": self.model,
             "stream": True,
@@ -375,6 +392,8 @@ class OpenAIEngine:
             value = getattr(sampling, name)
             if self.level is not Level.PLAIN or value != off:
                 body[name] = value
+        if request.cache_salt is not None and salted:
+            body["cache_salt"] = request.cache_salt
         if request.seed is not None:
             body["seed"] = request.seed
         if request.answer.stop:

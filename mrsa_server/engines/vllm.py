@@ -12,6 +12,7 @@ import logging
 import os
 import warnings
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ import structlog
 from harness.engine import Delta, EngineDead, EngineError, Vocabulary
 from harness.types import Finish, Message, RolloutRequest, Tail, TokenIds
 from mrsa_server.engines import UNWATCHED_INTERVAL
-from mrsa_server.engines.prompting import ChatMessage, PromptIds
+from mrsa_server.engines.prompting import ChatMessage, PromptIds, chat_messages
 from mrsa_server.engines.tokens import Pieces, Tokens
 from mrsa_server.zaya import ARCHITECTURE
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 log = structlog.get_logger("mrsa.engine")
+_CHARACTERS_PER_TOKEN = 4  # of English; what has more for each token of the context is counted apart
 
 # Where prefixes of ZAYA1 can be taken up again. Its state takes as much memory as the keys and values of a block: at
 # each of them it would halve what the prefix cache holds.
@@ -79,6 +81,7 @@ class VllmEngine:
         self._tokens: Tokens
         self._prompts: PromptIds
         self._numbers = itertools.count()
+        self._apart = ThreadPoolExecutor(1, "long prompts")
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -140,7 +143,12 @@ class VllmEngine:
 
     async def count(self, messages: tuple[Message, ...]) -> int | None:
         """Tokens of the rendered prompt."""
-        self._running()
+        llm = self._running()
+        if sum(len(message.text) for message in messages) > _CHARACTERS_PER_TOKEN * llm.model_config.max_model_len:
+            # It will hardly fit. To say by how much takes 5 s for the largest body: apart, and one after the other.
+            plain = chat_messages(messages, lambda tail: tail.text)
+            loop = asyncio.get_running_loop()
+            return len(await loop.run_in_executor(self._apart, self._tokens.encode_chat, plain, None))
         return len(await self._prompts.render(messages))
 
     async def generate(self, request: RolloutRequest) -> AsyncGenerator[Delta, None]:
@@ -156,8 +164,9 @@ class VllmEngine:
         request_id = f"{request.run_id}-{request.slot.round}.{request.slot.index}-{next(self._numbers)}"
         done = False
         try:
+            salt = {} if request.cache_salt is None else {"cache_salt": request.cache_salt}
             outputs = llm.generate(
-                {"type": "token", "prompt_token_ids": list(prompt)},
+                {"type": "token", "prompt_token_ids": list(prompt), **salt},
                 vllm.sampling_params(request),
                 request_id,
                 priority=request.priority,

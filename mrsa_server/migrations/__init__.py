@@ -15,7 +15,7 @@ from sqlalchemy import Connection, text
 if TYPE_CHECKING:
     from alembic.config import Config
 
-HEAD = "0002"  # the revision that this version needs: the last in `versions`
+HEAD = "0003"  # the revision that this version needs: the last in `versions`
 _LOCK = 0x6D727361  # any number of our own: one upgrade at a time
 
 

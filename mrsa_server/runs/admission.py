@@ -21,7 +21,7 @@ import itertools
 import math
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from harness.engine import Delta, Engine, Vocabulary
 from harness.types import Message, RolloutRequest, Tail, TokenIds
@@ -145,7 +145,15 @@ class Admission:
         """What the whole engine does while it is busy, prompts included; None before anything has ended."""
         return self._done / self._busy_s if self._busy_s > 0 else None
 
-    def through(self, engine: Engine, arrival_s: float, *, plain: bool = False, batch: bool = False) -> AdmittedEngine:
+    def through(
+        self,
+        engine: Engine,
+        arrival_s: float,
+        *,
+        plain: bool = False,
+        batch: bool = False,
+        cache_salt: str | None = None,
+    ) -> AdmittedEngine:
         """The engine as one run may use it.
 
         Args:
@@ -153,8 +161,9 @@ class Admission:
             arrival_s: When the run was submitted, on the loop's clock.
             plain: Whether it is one chat, without the method.
             batch: Whether nobody waits for it, so that it yields to all for whom somebody does.
+            cache_salt: That of its key.
         """
-        return AdmittedEngine(engine, self, Share(arrival_s, plain, batch))
+        return AdmittedEngine(engine, self, Share(arrival_s, plain, batch), cache_salt)
 
     async def enter(self, share: Share, request: RolloutRequest, vocabulary: Vocabulary) -> Hold:
         """Wait for a turn; `leave` gives it back. One that is cancelled meanwhile holds nothing."""
@@ -305,12 +314,13 @@ class Admission:
 
 
 class AdmittedEngine:
-    """An engine whose generations wait for their turn. Nothing else of it changes."""
+    """An engine whose generations wait for their turn, with the salt of whoever asks. Nothing else of it changes."""
 
-    def __init__(self, engine: Engine, admission: Admission, share: Share) -> None:
+    def __init__(self, engine: Engine, admission: Admission, share: Share, cache_salt: str | None = None) -> None:
         self._engine = engine
         self._admission = admission
         self.share = share
+        self._cache_salt = cache_salt
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -332,6 +342,8 @@ class AdmittedEngine:
             EngineError, EngineDead: As the engine.
         """
         admission, vocabulary = self._admission, self._engine.vocabulary
+        if self._cache_salt is not None:
+            request = replace(request, cache_salt=self._cache_salt)
         hold = await admission.enter(self.share, request, vocabulary)
         ids, whole = 0, False
         counted: int | None = None

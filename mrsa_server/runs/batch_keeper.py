@@ -227,7 +227,7 @@ class BatchKeeper:
     async def _run_of(self, batch: StoredBatch, raw: Raw) -> NewLine:
         line = read_line(raw, batch.endpoint, self._requests.max_body_bytes)
         assert isinstance(line, Line)  # the whole file was found good
-        checked = await self._requests.check(batch.endpoint, line.body)
+        checked = await self._requests.check(batch.endpoint, line.body, batch.key_id)
         run = NewRun(
             run_id=f"run_{batch.batch_id.removeprefix('batch_')}_{line.number:05}",
             kind=checked.kind,
@@ -238,6 +238,7 @@ class BatchKeeper:
             background=True,
             created_at=batch.created_at,
             metadata=checked.metadata,
+            key_id=batch.key_id,
             batch_id=batch.batch_id,
             batch_line=line.number,
             custom_id=line.custom_id,
@@ -360,7 +361,7 @@ class _Results:
             name, now = f"{self._batch.batch_id}_{self._kind}.jsonl", time.time()
             keep_s = self._batch.output_expires_s
             expires_at = None if keep_s is None else now + keep_s
-            self._writing = await self._files.begin(name, "batch_output", now, expires_at)
+            self._writing = await self._files.begin(name, "batch_output", now, expires_at, self._batch.key_id)
         self.lines += 1
         await self._writing.write(line)
 

@@ -42,6 +42,7 @@ class NewBatch:
         metadata: The client's.
         idempotency_key: The client's, no two batches have the same.
         body_digest: Tells whether a request with the same key is the same request.
+        key_id: The API key that asked; None on a server without keys.
     """
 
     batch_id: str
@@ -54,6 +55,7 @@ class NewBatch:
     metadata: Mapping[str, str] | None = None
     idempotency_key: str | None = None
     body_digest: bytes = field(default=b"", repr=False)
+    key_id: str | None = None
 
 
 class LineError(NamedTuple):
@@ -187,8 +189,10 @@ class BatchStore:
         return None if row is None else _batch(row)
 
     @whole("read")
-    async def list_batches(self, *, after: str | None = None, limit: int = 20) -> list[StoredBatch]:
-        """Batches, the newest first, from the one `after` on; fewer than `limit` are the last.
+    async def list_batches(
+        self, *, after: str | None = None, limit: int = 20, key_id: str | None = None
+    ) -> list[StoredBatch]:
+        """Batches, the newest first, from the one `after` on; fewer than `limit` are the last. With `key_id` of a key.
 
         Raises:
             StoreUnavailable: The database does not answer.
@@ -196,6 +200,8 @@ class BatchStore:
         query = select(*_COLUMNS).order_by(_batches.batch_id.desc()).limit(limit)
         if after is not None:
             query = query.where(_batches.batch_id < after)
+        if key_id is not None:
+            query = query.where(_batches.key_id == key_id)
         async with self._database.reading() as connection:
             return [_batch(row) for row in await connection.execute(query)]
 
@@ -447,6 +453,7 @@ _GIVEN = (
     "expires_at",
     "idempotency_key",
     "body_digest",
+    "key_id",
 )
 _COLUMNS = [column for column in tables.batches.columns if column.name not in ("owner", "fence", "lease_until")]
 

@@ -39,6 +39,7 @@ class StoredFile:
         bytes: Its length.
         created_at: Unix seconds.
         expires_at: When it is deleted, Unix seconds; None for when somebody does.
+        key_id: The API key that it belongs to; None on a server without keys.
     """
 
     file_id: str
@@ -47,6 +48,7 @@ class StoredFile:
     bytes: int
     created_at: float
     expires_at: float | None
+    key_id: str | None
 
 
 class Writing:
@@ -99,7 +101,14 @@ class FileStore:
         self._database = store.database
 
     @whole("write")
-    async def begin(self, filename: str, purpose: FilePurpose, created_at: float, expires_at: float | None) -> Writing:
+    async def begin(
+        self,
+        filename: str,
+        purpose: FilePurpose,
+        created_at: float,
+        expires_at: float | None,
+        key_id: str | None = None,
+    ) -> Writing:
         """A new file, to be written.
 
         Raises:
@@ -116,6 +125,7 @@ class FileStore:
                     created_at=created_at,
                     expires_at=expires_at,
                     status="uploading",
+                    key_id=key_id,
                 )
             )
         return Writing(self, file_id)
@@ -169,13 +179,16 @@ class FileStore:
         after: StoredFile | None = None,
         order: Literal["asc", "desc"] = "desc",
         limit: int = 100,
+        key_id: str | None = None,
     ) -> list[StoredFile]:
-        """Files by their age, from the one `after` on; fewer than `limit` are the last.
+        """Files by their age, from the one `after` on; fewer than `limit` are the last. With `key_id` those of a key.
 
         Raises:
             StoreUnavailable: The database does not answer.
         """
         query = select(*_COLUMNS).where(self._there())
+        if key_id is not None:
+            query = query.where(_files.key_id == key_id)
         if purpose is not None:
             query = query.where(_files.purpose == purpose)
         if order == "desc":
@@ -249,5 +262,5 @@ class FileStore:
 
 
 _COLUMNS: Sequence[Any] = [
-    _files[name] for name in ("file_id", "filename", "purpose", "bytes", "created_at", "expires_at")
+    _files[name] for name in ("file_id", "filename", "purpose", "bytes", "created_at", "expires_at", "key_id")
 ]

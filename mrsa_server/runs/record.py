@@ -33,6 +33,7 @@ class NewRun:
         idempotency_key: The client's, no two runs have the same.
         body_digest: Tells whether a request with the same key is the same request.
         metadata: The client's.
+        key_id: The API key that asked; None on a server without keys.
         batch_id: Of which batch it is a line; None for none.
         batch_line: Which, from 1 on.
         custom_id: Its name in the batch, the client's.
@@ -50,6 +51,7 @@ class NewRun:
     idempotency_key: str | None = None
     body_digest: bytes = field(default=b"", repr=False)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    key_id: str | None = None
     batch_id: str | None = None
     batch_line: int | None = None
     custom_id: str | None = None

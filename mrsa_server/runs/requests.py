@@ -47,12 +47,12 @@ class Requests:
 
     Attributes:
         ready: Returns once both can be done here.
-        check: The endpoint of a batch and a body -> what is known of it.
+        check: The endpoint of a batch, a body, and the API key that sent it -> what is known of it.
         answer: A run that has ended -> its response; raises ApiError where it has none.
         max_body_bytes: Longest body.
     """
 
     ready: Callable[[], Awaitable[None]]
-    check: Callable[[str, bytes], Awaitable[Checked]]
+    check: Callable[[str, bytes, str | None], Awaitable[Checked]]
     answer: Callable[[StoredRun], Awaitable[Answered]]
     max_body_bytes: int

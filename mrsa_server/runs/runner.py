@@ -55,6 +55,7 @@ from mrsa_server.api.errors import (
     to_stored,
 )
 from mrsa_server.engines.build import ServedEngine
+from mrsa_server.keyring import KeyRing
 from mrsa_server.metrics import Metrics, RunStatus
 from mrsa_server.runs.admission import Admission
 from mrsa_server.runs.codec import Undecodable
@@ -62,6 +63,7 @@ from mrsa_server.runs.host import EngineHost
 from mrsa_server.runs.journal import Book, Journal
 from mrsa_server.runs.record import NewRun
 from mrsa_server.runs.store_errors import Fenced, KeyTaken, StoreUnavailable
+from mrsa_server.runs.tenants import Tenants, Ticket, spent_tokens
 
 if TYPE_CHECKING:  # a server without a store loads no database
     from mrsa_server.runs.store import Claim, StoredRun
@@ -85,11 +87,12 @@ log = structlog.get_logger("mrsa.run")
 class Prepared:
     """The request was found good and the run exists; what follows is the run itself.
 
-    `watch` says which of its rollouts somebody follows delta by delta.
+    `watch` says which of its rollouts somebody follows delta by delta, `prompt_tokens` are those of the question.
     """
 
     state: State
     watch: Watch
+    prompt_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +231,7 @@ class Run:
         book: Its log; None where nothing is written down.
         detached: Whether it goes on without a reader, and waits for its engine: one in the background, or one that was
             taken up from its log.
+        ticket: Its share of what its key may use.
         batch: Whether it is a line of a batch: it has places of its own, and yields to all others.
         stored: Set once it is in the store, and at its end.
         ended_at: Unix seconds, of one that is told again from its log.
@@ -244,6 +248,7 @@ class Run:
     task: asyncio.Task[None] | None = field(default=None, repr=False)
     book: Book | None = field(default=None, repr=False)
     detached: bool = False
+    ticket: Ticket = field(default_factory=lambda: Ticket(None, counted=False), repr=False)
     batch: bool = False
     stored: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
     ended_at: float | None = None
@@ -374,8 +379,10 @@ class Runner:
         engine_wait_s: float,
         max_batch_runs: int = 256,
         journal: Journal | None = None,
+        tenants: Tenants | None = None,
     ) -> None:
         self.host = host
+        self.tenants = tenants or Tenants(KeyRing(), metrics)
         self.draining = False
         self.left = asyncio.Event()  # every run has ended here: who still follows one has to do so elsewhere
         self.tokens_per_s: float | None = None  # of the fastest rollout that was long enough to tell
@@ -403,7 +410,12 @@ class Runner:
         return self._priority
 
     def submit(
-        self, run_id: str, prepare: Prepare, deadline_s: float | None = None, record: NewRun | None = None
+        self,
+        run_id: str,
+        prepare: Prepare,
+        deadline_s: float | None = None,
+        record: NewRun | None = None,
+        key_id: str | None = None,
     ) -> Run:
         """Let a run in.
 
@@ -412,20 +424,24 @@ class Runner:
             prepare: Checks the request against the engine, once that is up, and makes the run.
             deadline_s: Seconds from now within which it has to end, whatever it waits for.
             record: What the store keeps of the request; None for a run that is not stored.
+            key_id: The API key that asks for it; None on a server without keys.
 
         Raises:
+            RateLimited: The key has used what it may.
             Overloaded: Too many runs in flight and waiting.
             ShuttingDown: The server is about to leave.
         """
         if self.draining:
             self._metrics.count_rejection("shutting_down")
             raise ShuttingDown
+        ticket = self.tenants.enter(key_id)
         alive = len(self._runs) - self._batch_runs
         if alive >= self._max_runs + self._max_queued:
             self._metrics.count_rejection("overloaded")
+            self.tenants.undo(ticket)
             raise Overloaded(self._max_runs, alive - self._max_runs)
         detached = record is not None and record.background
-        run = Run(run_id, asyncio.get_running_loop().time(), detached=detached)
+        run = Run(run_id, asyncio.get_running_loop().time(), detached=detached, ticket=ticket)
         if deadline_s is not None:
             run.deadline = run.begun + deadline_s
         self._let_go(run, partial(self._begin, run, prepare, record))
@@ -487,7 +503,9 @@ class Runner:
         unix_to_loop = asyncio.get_running_loop().time() - time.time()
         # Another server's clock may be ahead of this one's.
         begun = min(record.created_at, time.time()) + unix_to_loop
-        run = Run(claim.run_id, begun, detached=True, batch=record.batch_id is not None)
+        batch = record.batch_id is not None
+        ticket = self.tenants.adopt(record.key_id, batch=batch)
+        run = Run(claim.run_id, begun, detached=True, batch=batch, ticket=ticket)
         if record.deadline_at is not None:
             run.deadline = record.deadline_at + unix_to_loop
         run.book = journal.take(claim, *_ends(run))
@@ -515,6 +533,7 @@ class Runner:
                 await asyncio.sleep(0)  # one that comes too late may be of a model that is not served here
                 run.state = (await self._prepare(revive(), run)).state
                 await book.write([run.state.started])
+        self.tenants.resume(run.ticket, run.state)
         log.info("run is taken up", run_id=run.id, events=len(events), rollouts=len(run.state.rollouts))
         if run.state.outcome is not None:
             return
@@ -607,6 +626,8 @@ class Runner:
         """The life of a run that was submitted."""
         async with _in_time(run):
             prepared = await self._prepare(prepare, run, record)
+            params = prepared.state.params
+            self.tenants.admit(run.ticket, params, prepared.prompt_tokens, promised=run.book is not None)
             if run.book is not None:
                 await run.book.write([prepared.state.started])
             elif record is not None:
@@ -632,6 +653,7 @@ class Runner:
     def _forget(self, run: Run) -> None:
         """Let go of a run whose task has ended, even if it was cancelled before its first step."""
         self._runs.discard(run)
+        self.tenants.leave(run.ticket, run.state)
         if run.batch:
             self._batch_runs -= 1
             self.wake()
@@ -678,7 +700,13 @@ class Runner:
         assert run.state is not None
         params = run.state.params
         plain = not params.rounds and params.population == 1
-        engine = self._admission.through(self.host.engine, run.begun, plain=plain, batch=run.batch)
+        engine = self._admission.through(
+            self.host.engine,
+            run.begun,
+            plain=plain,
+            batch=run.batch,
+            cache_salt=self.tenants.salt(run.ticket.key_id),
+        )
         lost_tokens: int | None = None
         deaths, ended = 0, 0
         while True:
@@ -762,9 +790,14 @@ class Runner:
         self._metrics.run_seconds.observe(seconds)
         for round in run.clocks:
             self._metrics.round_seconds.observe(run.seconds(round))
-        state = run.state
+        state, key_id = run.state, run.ticket.key_id
+        code = run.error.code if run.error else None
+        if key_id is not None:
+            self._metrics.count_key_run(key_id, status, 0 if state is None else spent_tokens(state))
         if state is None:
-            log.info("run refused", run_id=run.id, code=run.error.code if run.error else None)
+            if code == "context_length_exceeded":
+                self._metrics.count_rejection("prompt_tokens")
+            log.info("run refused", run_id=run.id, key_id=key_id, code=code)
             return
         outcome = state.outcome
         if isinstance(outcome, RunFinished):
@@ -776,12 +809,13 @@ class Runner:
         log.info(
             f"run {status}",
             run_id=run.id,
+            key_id=key_id,
             seconds=round_off(seconds),
             rollouts=sum(stats.started for stats in state.stats),
             failed=sum(stats.failed for stats in state.stats),
             prompt_tokens=usage.prompt_tokens,
             completion_tokens=usage.completion_tokens,
-            code=run.error.code if run.error else None,
+            code=code,
         )
 
 

@@ -141,7 +141,7 @@ class RunSummary:
         last: The number of its last event.
         owner: Who holds it; None for nobody.
         cancel_requested: Whether its owner is to end it.
-        batch_id: As of `NewRun`, likewise the two after it.
+        key_id: As of `NewRun`, likewise the three after it.
     """
 
     run_id: str
@@ -159,6 +159,7 @@ class RunSummary:
     last: int
     owner: str | None
     cancel_requested: bool
+    key_id: str | None
     batch_id: str | None
     batch_line: int | None
     custom_id: str | None
@@ -188,7 +189,10 @@ class StoredRun(RunSummary):
 
 @dataclass(frozen=True, slots=True)
 class RunFilter:
-    """Which runs to list; what is left out does not matter. `since` is included, `until` is not."""
+    """Which runs to list; what is left out does not matter. `since` is included, `until` is not.
+
+    `key_id` is the API key that asked.
+    """
 
     status: Collection[StoredStatus] = ()
     model: str | None = None
@@ -196,6 +200,7 @@ class RunFilter:
     batch_id: str | None = None
     since: float | None = None
     until: float | None = None
+    key_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -660,6 +665,8 @@ class RunStore:
             query = query.where(_runs.kind == which.kind)
         if which.batch_id is not None:
             query = query.where(_runs.batch_id == which.batch_id)
+        if which.key_id is not None:
+            query = query.where(_runs.key_id == which.key_id)
         if which.since is not None:
             query = query.where(_runs.created_at >= which.since)
         if which.until is not None:
@@ -858,6 +865,7 @@ _SUMMARY = (
     "events",
     "owner",
     "cancel_requested",
+    "key_id",
     "batch_id",
     "batch_line",
     "custom_id",
@@ -898,6 +906,7 @@ def row_of(record: NewRun) -> dict[str, object]:
         "body": codec.deflate(record.body),
         "metadata": json.dumps(dict(record.metadata)),
         "cancel_requested": False,
+        "key_id": record.key_id,
         "batch_id": record.batch_id,
         "batch_line": record.batch_line,
         "custom_id": record.custom_id,

@@ -43,6 +43,7 @@ runs = Table(
     Column("fence", BigInteger, nullable=False),
     Column("lease_until", Double, nullable=False),
     Column("cancel_requested", Boolean, nullable=False),
+    Column("key_id", Text),  # the API key that asked
     Column("batch_id", Text),
     Column("batch_line", Integer),
     Column("custom_id", Text),
@@ -60,6 +61,7 @@ Index("runs_by_batch", *_place, sqlite_where=_in_batch)
 # Clients ask again and again how far a batch is: of 50,000 lines this alone is read, in 20 ms and not in 150.
 Index("runs_counted", runs.c.batch_id, runs.c.status, sqlite_where=_in_batch)
 Index("runs_by_end", runs.c.ended_at)
+Index("runs_by_key", runs.c.key_id, runs.c.created_at, runs.c.run_id)
 
 events = Table(
     "events",
@@ -90,6 +92,7 @@ files = Table(
     Column("created_at", Double, nullable=False),
     Column("expires_at", Double),
     Column("status", Text, nullable=False),
+    Column("key_id", Text),
 )
 Index("files_by_age", files.c.created_at, files.c.file_id)
 
@@ -124,6 +127,7 @@ batches = Table(
     Column("metadata", Text, nullable=False),
     Column("errors", LargeBinary),
     Column("model", Text),
+    Column("key_id", Text),
     Column("total", Integer, nullable=False),
     Column("completed", Integer),  # of its runs, once it has ended: they may be forgotten before it is
     Column("failed", Integer),

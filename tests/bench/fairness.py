@@ -59,8 +59,16 @@ class RoundRobin(Admission):
 
     _turns = itertools.count()
 
-    def through(self, engine: Engine, arrival_s: float, *, plain: bool = False, batch: bool = False) -> AdmittedEngine:
-        return super().through(engine, next(self._turns), plain=plain, batch=batch)
+    def through(
+        self,
+        engine: Engine,
+        arrival_s: float,
+        *,
+        plain: bool = False,
+        batch: bool = False,
+        cache_salt: str | None = None,
+    ) -> AdmittedEngine:
+        return super().through(engine, next(self._turns), plain=plain, batch=batch, cache_salt=cache_salt)
 
     def _charge(self, hold: Hold, tokens: float) -> None:
         if not hold.ageing_s:  # its first time: it is let in

@@ -150,6 +150,27 @@ async def test_a_prefix_is_computed_once(engine: EmbeddedEngine) -> None:
     assert second.deltas[0].cached_tokens > (first.deltas[0].cached_tokens or 0)
 
 
+async def test_a_prefix_is_computed_again_for_another_key(engine: EmbeddedEngine) -> None:
+    text = "A prompt of one key, and long enough for some blocks of the cache. " * 8
+    salts = ["one", "other", "one", None, "other"]
+    cached = []
+    for salt in salts:
+        made = await generate(engine, ask(text, max_tokens=2, cache_salt=salt))
+        cached.append(bool(made.deltas[0].cached_tokens))
+    assert cached == [False, False, True, False, True]
+
+
+async def test_a_prompt_far_beyond_the_context_holds_nobody_up_while_it_is_counted(engine: EmbeddedEngine) -> None:
+    counting = asyncio.create_task(engine.count((Message("user", ("The quick brown fox, 13 dogs;\n" * 70_000,)),)))
+    longest, before = 0.0, time.perf_counter()
+    while not counting.done():
+        await asyncio.sleep(0.01)
+        now = time.perf_counter()
+        longest, before = max(longest, now - before), now
+    assert (counting.result() or 0) > 500_000
+    assert longest < 0.5
+
+
 async def test_eight_at_once(engine: EmbeddedEngine) -> None:
     made = await asyncio.gather(*(generate(engine, ask(f"Count from {i}.", priority=i)) for i in range(8)))
     assert all(one.finish for one in made)

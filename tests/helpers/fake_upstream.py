@@ -83,6 +83,7 @@ class Script:
         api_key: Without it in the header everything is a 401.
         raw: Bytes of an SSE body, written as they are in place of an answer, one write each.
         refuses_priority: A priority other than 0 is a 400, as without vLLM's scheduling policy.
+        refuses_salt: A cache_salt is a 400.
         kv_blocks: Level 1: blocks of 16 tokens in the KV cache of each of its engines, told by its metrics.
     """
 
@@ -107,6 +108,7 @@ class Script:
     api_key: str | None = None
     raw: tuple[bytes, ...] = ()
     refuses_priority: bool = False
+    refuses_salt: bool = False
     kv_blocks: tuple[int, ...] = ()
 
 
@@ -246,6 +248,9 @@ class _Connection(asyncio.Protocol):
         if script.refuses_priority and body.get("priority"):
             self._end()
             return self._error(400, "Got priority 5 but Priority scheduling is not enabled.")
+        if script.refuses_salt and "cache_salt" in body:
+            self._end()
+            return self._error(400, "Parameter 'cache_salt' is not supported here.")
         if fault == "hang":
             return
         events = list(_events(script, path, body))

@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from harness.scripted import ScriptedEngine
 from mrsa_server.app import create_app
 from mrsa_server.engines.build import ServedEngine
-from mrsa_server.serve import Unpipelined
+from mrsa_server.serve import protocol
 from mrsa_server.settings import Settings
 
 CHAT = "/v1/chat/completions"
@@ -29,9 +29,14 @@ def ask(model: str = "scripted-mrsa", **fields: Any) -> dict[str, Any]:
     return {"model": model, "messages": QUESTION, **fields}
 
 
+def settings_of(settings: dict[str, Any]) -> Settings:
+    """Those of a scripted engine without a store, unless they name one."""
+    return Settings(**{"engine": "scripted", "state_dir": "none"} | settings)
+
+
 def scripted_app(engine: ServedEngine | None, settings: dict[str, Any]) -> FastAPI:
     """The application over a scripted engine; without a store, unless the settings name one."""
-    return create_app(Settings(**{"engine": "scripted", "state_dir": "none"} | settings), engine or ScriptedEngine())
+    return create_app(settings_of(settings), engine or ScriptedEngine())
 
 
 @asynccontextmanager
@@ -56,7 +61,13 @@ async def on_port(
     """The server behind uvicorn, on a free port or `at` one; its URL and the application."""
     app = scripted_app(engine, settings)
     config = uvicorn.Config(
-        app, port=at, http=Unpipelined, ws="none", lifespan="on", log_config=None, timeout_graceful_shutdown=1
+        app,
+        port=at,
+        http=protocol(settings_of(settings)),
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        timeout_graceful_shutdown=1,
     )
     server = uvicorn.Server(config)
     task = asyncio.create_task(server._serve())

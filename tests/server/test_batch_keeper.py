@@ -93,7 +93,7 @@ def test_of_many_errors_a_hundred_are_told() -> None:
     assert len(errors_of(b"{\n" * 500)) == 100
 
 
-async def check(endpoint: str, body: bytes) -> Checked:
+async def check(endpoint: str, body: bytes, key_id: str | None) -> Checked:
     assert endpoint == CHAT
     if orjson.loads(body).get("bad"):
         return Checked("chat.completion", body, "m\0", error=BadRequest("bad: is bad", "bad"))

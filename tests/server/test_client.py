@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import httpx
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mrsa_server.client import lines
+from mrsa_server.client import KEY_VARIABLE, connect, lines
 
 
 @given(st.lists(st.text().map(lambda text: text.replace("\n", "").encode()), min_size=1), st.integers(1, 9))
@@ -26,3 +27,12 @@ def test_a_line_ends_at_its_newline_alone_however_it_arrives(written: list[bytes
 def test_a_word_of_a_model_ends_no_line() -> None:
     said = 'data: {"text": "one\u2028two\x0b\x85"}'.encode()
     assert list(lines(httpx.Response(200, content=said + b"\n\n"))) == [said, b""]
+
+
+@pytest.mark.parametrize("key", [None, "", "sk-mrsa-x"])
+def test_the_key_of_the_environment_is_sent(monkeypatch: pytest.MonkeyPatch, key: str | None) -> None:
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    if key is not None:
+        monkeypatch.setenv(KEY_VARIABLE, key)
+    with connect("http://localhost:1", httpx.Timeout(1)) as client:
+        assert client.headers.get("authorization") == (f"Bearer {key}" if key else None)

@@ -15,6 +15,7 @@ import pytest
 
 from harness.scripted import Script, ScriptedEngine, Speed
 from mrsa_server.runs.runner import Run
+from mrsa_server.serve import Unpipelined
 from tests.helpers.serving import CHAT, SMALL, ask, chunks, in_memory, on_port
 
 
@@ -186,3 +187,27 @@ async def test_nothing_of_a_finished_run_is_kept() -> None:
         await asyncio.sleep(0)
         gc.collect()
         assert len(alive) == 0
+
+
+async def test_a_client_that_reads_nothing_is_cut_off_and_its_run_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Unpipelined, "unread_s", 0.3)
+    engine = ScriptedEngine(lambda _: Script("much " * 2_000_000, "\\boxed{1}"), chunk_tokens=50_000)
+    async with on_port(engine) as (url, app):
+        reader, writer = await connect(url)
+        reader._transport.pause_reading()  # type: ignore[attr-defined]
+        writer.write(post(orjson.dumps(ask(stream=True, mrsa={**SMALL, "stream": "rollouts"}))))
+        await until(lambda: app.state.runner._runs)
+        await until(lambda: not app.state.runner._runs, 10)
+        assert engine.open_requests == 0
+        assert (await asyncio.to_thread(httpx.get, url + "/health/live")).status_code == 200
+        writer.close()
+
+
+async def test_a_connection_that_is_reused_slowly_is_not_cut_off() -> None:
+    async with on_port(header_timeout_s=0.3) as (url, _):
+        async with httpx.AsyncClient(base_url=url) as http:
+            for _ in range(3):
+                assert (await http.get("/health/live")).status_code == 200
+                await asyncio.sleep(0.4)
+            sockets = [connection for connection in http._transport._pool.connections]  # type: ignore[attr-defined]
+            assert len(sockets) == 1

@@ -231,6 +231,30 @@ async def test_priorities_are_sent_until_they_are_refused() -> None:
         assert len(upstream.generations) == asked + 1, "it is not tried again"
 
 
+async def test_the_salt_of_a_key_is_sent_to_a_server_that_takes_ids_until_it_is_refused() -> None:
+    async with served(Script(level=1)) as (engine, upstream):
+        await collect(engine, request(cache_salt="pepper"))
+        assert upstream.generations[-1]["cache_salt"] == "pepper"
+        await collect(engine, request())
+        assert "cache_salt" not in upstream.generations[-1]
+        upstream.change(refuses_salt=True, refuses_priority=True)
+        assert (await collect(engine, request(cache_salt="pepper", priority=5)))[-1].finish is Finish.STOP
+        assert not {"cache_salt", "priority"} & set(upstream.generations[-1])
+        asked = len(upstream.generations)
+        await collect(engine, request(cache_salt="pepper", priority=5))
+        assert len(upstream.generations) == asked + 1, "neither is tried again"
+
+
+async def test_what_was_told_of_salts_holds() -> None:
+    for level, told, sent in ((3, None, False), (3, True, True), (1, False, False)):
+        async with served(Script(level=level), cache_salt=told) as (engine, upstream):
+            await collect(engine, request(cache_salt="pepper"))
+            assert ("cache_salt" in upstream.generations[-1]) == sent
+    async with served(Script(level=1, refuses_salt=True), cache_salt=True) as (engine, _):
+        with pytest.raises(EngineError, match="cache_salt"):
+            await collect(engine, request(cache_salt="pepper"))
+
+
 async def test_what_was_told_of_priorities_holds() -> None:
     async with served(Script(level=1), priority=False) as (engine, upstream):
         await collect(engine, request(priority=5))

@@ -92,6 +92,15 @@ async def test_a_continuation_goes_on_as_if_nothing_had_been_cut(engine: OpenAIE
     assert [*half, *await ids_of(engine, request(max_tokens=8, continuation=tuple(half)))] == whole
 
 
+async def test_a_prefix_is_computed_again_for_another_key(engine: OpenAIEngine) -> None:
+    question = (Message("user", ("A prompt of one key, and long enough for some blocks. " * 8,)),)
+    cached = []
+    for salt in ("one", "other", "one", None, "other"):
+        deltas = await collect(engine, request(messages=question, cache_salt=salt, max_tokens=2))
+        cached.append(bool(deltas[-1].cached_tokens))
+    assert cached == [False, False, True, False, True]
+
+
 async def test_joined_deltas_hold_the_same_ids(engine: OpenAIEngine) -> None:
     assert await ids_of(engine, request(watched=False)) == await ids_of(engine, request())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,7 +12,7 @@ import pytest
 
 from harness.scripted import ScriptedEngine
 from tests.helpers.replicas import LEASE_S, SIZES, log_of, only_run, replica, slow, until_ended
-from tests.helpers.serving import CHAT, ask, in_memory
+from tests.helpers.serving import CHAT, SMALL, ask, in_memory
 
 
 async def answered(client: httpx.AsyncClient, **mrsa: Any) -> dict[str, Any]:
@@ -172,3 +173,15 @@ async def test_without_a_store_there_is_nothing_to_read_and_that_is_said() -> No
             assert response.status_code == 404
             assert response.json()["error"]["code"] == "runs_not_stored"
             assert "--state-dir" in response.json()["error"]["message"]
+
+
+async def test_a_browser_that_comes_back_goes_on_where_it_was_and_not_where_its_address_says(tmp_path: Path) -> None:
+    async with in_memory(state_dir=tmp_path) as http:
+        run_id = (await http.post(CHAT, json=ask(mrsa=SMALL))).json()["mrsa"]["run_id"]
+        for after, seen, first in (("1", "3", 4), ("3", "1", 4), ("0", "", None), ("0", "x", None)):
+            path = f"/v1/runs/{run_id}/events?after={after}"
+            response = await http.get(path, headers={"last-event-id": seen})
+            if first is None:
+                assert response.status_code == 400
+                continue
+            assert response.text.startswith(f"id: {first}\n")

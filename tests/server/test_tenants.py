@@ -1,0 +1,261 @@
+"""What keys may use: runs and tokens a minute, runs at once; and what all runs may cost together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harness.engine import Delta
+from harness.markovian_rsa import State, init
+from harness.prompts import load_templates
+from harness.scripted import ScriptedEngine, Speed, run_virtual
+from harness.types import Params, RolloutRequest
+from mrsa_server.api.errors import OverBudget, RateLimited
+from mrsa_server.keyring import KeyRing, Scope, read_keys
+from mrsa_server.metrics import Metrics
+from mrsa_server.runs.tenants import Tenants, worst_tokens
+from tests.helpers.keys import Client, client, ring
+from tests.helpers.runs import PROBLEM, TextJudge, World, go, params_of_runs
+from tests.helpers.serving import CHAT, SMALL, ask, in_memory
+
+TEMPLATES = load_templates()
+PLAIN = Params(population=1, rounds=0, final_tokens=100)
+
+
+class Clock:
+    """A clock that stands until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def tenants(*clients: Client, most: int | None = None) -> tuple[Tenants, Clock]:
+    clock = Clock()
+    keys = KeyRing(None, read_keys("\n".join(one.line for one in clients)))
+    return Tenants(keys, Metrics(), most, clock), clock
+
+
+def test_runs_a_minute_come_back_one_by_one() -> None:
+    found, clock = tenants(client("a", runs_per_minute=6), client("b", runs_per_minute=1))
+    for _ in range(6):
+        found.leave(found.enter("a"), None)
+    with pytest.raises(RateLimited) as error:
+        found.enter("a")
+    assert dict(error.value.headers)["retry-after"] == "10"
+    assert found.headers("a")["x-ratelimit-remaining-requests"] == "0"
+    found.enter("b")
+    clock.now += 9.9
+    with pytest.raises(RateLimited) as error:
+        found.enter("a")
+    assert dict(error.value.headers)["retry-after"] == "1"
+    clock.now += 0.11
+    found.enter("a")
+    clock.now += 3600
+    assert found.headers("a")["x-ratelimit-remaining-requests"] == "6", "a minute is the most that is saved up"
+
+
+def test_runs_at_once_are_those_that_have_not_ended() -> None:
+    found, _ = tenants(client("a", concurrent_runs=2))
+    first, _ = found.enter("a"), found.enter("a")
+    with pytest.raises(RateLimited, match="2 runs"):
+        found.enter("a")
+    found.leave(first, None)
+    found.enter("a")
+
+
+def test_a_run_is_let_in_for_what_it_may_cost_and_gives_back_what_it_did_not_use() -> None:
+    found, clock = tenants(client("a", tokens_per_minute=1_000))
+    ticket = found.enter("a")
+    found.admit(ticket, PLAIN, 50)
+    assert found.headers("a")["x-ratelimit-remaining-tokens"] == "850"
+    found.leave(ticket, init("run", PROBLEM, PLAIN, TEMPLATES))
+    assert found.headers("a")["x-ratelimit-remaining-tokens"] == "1000"
+    large = Params(population=1, rounds=0, final_tokens=3_000)
+    ticket = found.enter("a")
+    found.admit(ticket, large, 0)  # more than a minute's worth, and a minute's worth is there
+    with pytest.raises(RateLimited) as error:
+        found.admit(found.enter("a"), PLAIN, 0)
+    assert dict(error.value.headers)["retry-after"] == "120", "the SDKs wait no longer"
+    clock.now += 125
+    with pytest.raises(RateLimited) as error:
+        found.admit(found.enter("a"), PLAIN, 0)
+    assert dict(error.value.headers)["retry-after"] == "1"
+    clock.now += 1.1
+    found.admit(found.enter("a"), PLAIN, 0)
+
+
+def test_a_run_that_is_refused_for_its_tokens_is_none_of_the_minute_s_runs() -> None:
+    found, _ = tenants(client("a", tokens_per_minute=100, runs_per_minute=2))
+    found.admit(found.enter("a"), PLAIN, 0)
+    for _ in range(5):
+        ticket = found.enter("a")
+        with pytest.raises(RateLimited):
+            found.admit(ticket, PLAIN, 0)
+        found.leave(ticket, None)
+    assert found.headers("a")["x-ratelimit-remaining-requests"] == "1"
+
+
+def test_what_all_runs_may_cost_together_is_bounded_and_a_run_alone_is_let_in() -> None:
+    found, _ = tenants(client("a"), client("b"), most=250)
+    one, other, third = found.enter("a"), found.enter("b"), found.enter("b")
+    found.admit(one, Params(population=1, rounds=0, final_tokens=9_999), 0)
+    with pytest.raises(OverBudget) as error:
+        found.admit(other, PLAIN, 0)
+    assert (error.value.status, error.value.code) == (503, "server_overloaded")
+    assert dict(error.value.headers)["retry-after"] == "5"
+    assert dict(error.value.headers)["x-ratelimit-remaining-tokens"] == "0"
+    found.leave(one, None)
+    found.admit(other, PLAIN, 0)
+    found.admit(third, PLAIN, 0)
+    assert found.committed == 200
+    for ticket in (other, third):
+        found.leave(ticket, None)
+    assert found.committed == 0
+
+
+def test_runs_of_batches_and_those_that_go_on_are_never_refused() -> None:
+    found, _ = tenants(client("a", concurrent_runs=1, tokens_per_minute=10, runs_per_minute=1), most=1)
+    state = init("run", PROBLEM, PLAIN, TEMPLATES)
+    adopted = [found.adopt("a", batch=batch) for batch in (True, False, False)]
+    for ticket in adopted:
+        found.resume(ticket, state)
+    with pytest.raises(RateLimited):
+        found.enter("a")
+    for ticket in adopted:
+        found.leave(ticket, state)
+    assert found.committed == 0
+    found.admit(found.enter("a"), PLAIN, 0, promised=True)
+
+
+@given(params=params_of_runs, key=st.integers(0, 10**6))
+def test_no_run_costs_more_than_it_was_let_in_for(params: Params, key: int) -> None:
+    async def run() -> State:
+        return (await go(init("run", PROBLEM, params, TEMPLATES), World(key), judge=TextJudge()))[0]
+
+    assert run_virtual(run()).usage.completion_tokens <= worst_tokens(params, 0)
+
+
+class Noting(ScriptedEngine):
+    """Remembers the salts that it was asked with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.salts: list[str | None] = []
+
+    async def generate(self, request: RolloutRequest) -> AsyncGenerator[Delta, None]:
+        self.salts.append(request.cache_salt)
+        async for delta in super().generate(request):
+            yield delta
+
+
+async def test_the_prompts_of_a_key_have_a_salt_of_their_own_before_and_after_a_restart(tmp_path: Path) -> None:
+    a, b = client("a"), client("b")
+    seen: dict[str, set[str | None]] = {}
+    for keys, callers in ((ring(a, b), (a, b)), (ring(b, a), (a, b))):
+        engine = Noting()
+        async with in_memory(engine, keys=keys, state_dir=tmp_path) as http:
+            for who in callers:
+                engine.salts.clear()
+                assert (await status(http, who)).status_code == 200
+                assert len(engine.salts) > 1
+                seen.setdefault(who.secret, set()).update(engine.salts)
+    assert [len(salts) for salts in seen.values()] == [1, 1]
+    assert len(set.union(*seen.values())) == 2
+    engine = Noting()
+    async with in_memory(engine) as http:
+        await http.post(CHAT, json=ask(mrsa=SMALL))
+        assert set(engine.salts) == {None}
+        refused = await http.post(CHAT, json=ask(cache_salt="x"))
+        assert refused.status_code == 400, "it is nobody's to choose"
+
+
+async def status(http: httpx.AsyncClient, who: Client, **fields: Any) -> httpx.Response:
+    return await http.post(CHAT, json=ask(mrsa=SMALL, **fields), headers=who.headers)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_key_s_limit_is_a_429_that_says_when_to_come_back(stream: bool) -> None:
+    a, b, root = client("a", runs_per_minute=2), client("b"), client("root", Scope.ADMIN)
+    async with in_memory(keys=ring(a, b, root)) as http:
+        good = [await status(http, a, stream=stream) for _ in range(2)]
+        assert [one.status_code for one in good] == [200, 200]
+        assert [one.headers["x-ratelimit-remaining-requests"] for one in good] == ["1", "0"]
+        refused = await status(http, a, stream=stream)
+        assert refused.status_code == 429
+        error = refused.json()["error"]
+        assert (error["code"], error["type"]) == ("rate_limit_exceeded", "rate_limit_error")
+        assert 1 <= int(refused.headers["retry-after"]) <= 30
+        assert refused.headers["x-ratelimit-limit-requests"] == "2"
+        assert "x-should-retry" not in refused.headers
+        assert (await status(http, b, stream=stream)).status_code == 200
+        text = (await http.get("/metrics", headers=root.headers)).text
+    assert 'mrsa_key_rejections_total{key="a",reason="key_runs"} 1.0' in text
+    assert 'mrsa_admission_rejections_total{reason="key_runs"} 1.0' in text
+    assert 'mrsa_key_runs_total{key="b",status="finished"} 1.0' in text
+    assert a.secret not in text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_tokens_that_are_not_there_refuse_a_run_before_its_first_rollout(stream: bool) -> None:
+    a = client("a", tokens_per_minute=100_000)
+    engine = ScriptedEngine(speed=Speed(step_s=0.01))
+    async with in_memory(engine, keys=ring(a)) as http:
+        first = asyncio.create_task(status(http, a, stream=True, reasoning_effort="high"))
+        while not engine.open_requests:  # noqa: ASYNC110  what is waited for has no event to set
+            await asyncio.sleep(0.01)
+        asked = engine.total_requests
+        refused = await status(http, a, stream=stream, reasoning_effort="high")
+        assert refused.status_code == 429, refused.text
+        assert 60 < int(refused.headers["retry-after"]) <= 120
+        assert refused.headers["x-ratelimit-limit-tokens"] == "100000"
+        assert engine.total_requests == asked
+        first.cancel()
+
+
+async def test_runs_at_once_of_a_key_are_bounded_and_others_go_on() -> None:
+    a, b = client("a", concurrent_runs=1), client("b")
+    engine = ScriptedEngine(speed=Speed(step_s=0.002))
+    async with in_memory(engine, keys=ring(a, b)) as http:
+        found = await asyncio.gather(*(status(http, who) for who in (a, a, a, b, b)))
+        assert [one.status_code for one in found] == [200, 429, 429, 200, 200]
+        assert (await status(http, a)).status_code == 200, "one that has ended has its place no more"
+
+
+async def test_the_whole_is_a_503_with_the_same_headers() -> None:
+    a = client("a", runs_per_minute=2)
+    engine = ScriptedEngine(speed=Speed(step_s=0.002))
+    for settings in ({"max_runs": 1, "max_queued": 0}, {"max_committed_tokens": 1}):
+        async with in_memory(engine, keys=ring(a), **settings) as http:
+            found = await asyncio.gather(*(status(http, a) for _ in range(2)))
+            assert sorted(one.status_code for one in found) == [200, 503]
+            refused = max(found, key=lambda one: one.status_code)
+            assert refused.json()["error"]["code"] == "server_overloaded"
+            assert refused.headers["retry-after"] == "5"
+            assert refused.headers["x-ratelimit-limit-requests"]
+            left = http.app.state.runner.tenants.headers("a")["x-ratelimit-remaining-requests"]  # type: ignore[attr-defined]
+            assert left == "1", "what the server had no place for is not charged"
+
+
+async def test_a_key_without_limits_has_no_such_headers() -> None:
+    async with in_memory() as http:
+        response = await http.post(CHAT, json=ask(mrsa=SMALL))
+        assert not [name for name in response.headers if name.startswith("x-ratelimit")]
+
+
+async def test_a_run_that_is_read_again_is_charged_once(tmp_path: Path) -> None:
+    a = client("a", runs_per_minute=1)
+    headers = {**a.headers, "idempotency-key": "k"}
+    async with in_memory(keys=ring(a), state_dir=tmp_path) as http:
+        for _ in range(3):
+            assert (await http.post(CHAT, json=ask(mrsa=SMALL), headers=headers)).status_code == 200
+        assert (await status(http, a)).status_code == 429
