@@ -52,7 +52,7 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         metrics = Metrics()
-        host = EngineHost(engine or build(settings))
+        host = EngineHost(engine or build(settings), sleeps=settings.engine_sleeps)
         admission = Admission(
             host,
             metrics,

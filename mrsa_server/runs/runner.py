@@ -58,7 +58,7 @@ from mrsa_server.engines.build import ServedEngine
 from mrsa_server.metrics import Metrics, RunStatus
 from mrsa_server.runs.admission import Admission
 from mrsa_server.runs.codec import Undecodable
-from mrsa_server.runs.host import EngineHost
+from mrsa_server.runs.host import EngineHost, Health
 from mrsa_server.runs.journal import Book, Journal
 from mrsa_server.runs.record import NewRun
 from mrsa_server.runs.store_errors import Fenced, KeyTaken, StoreUnavailable
@@ -73,6 +73,7 @@ _FIRST_PAUSE_S = 0.05
 _MEASURED_TOKENS = 512
 _CLOSING_S = 5.0  # for the last words of runs, when the server leaves; their leases end by themselves
 _LOOK_S = 1.0  # between looks for runs that were left behind
+_COUNT_S = 5.0  # between looks at how many wait for an engine that is away
 _TAKEN_AT_ONCE = 64  # runs that were left behind; others that share the store may have room too
 # What a server answers to a request that would be refused the next time too.
 _REFUSALS = frozenset({400, 413, 422})
@@ -444,7 +445,7 @@ class Runner:
             models: Those whose runs can go on here, as clients name them; None while they are not known.
             revive: How those are prepared that have not begun.
         """
-        await self.host.wait_up(None)  # one without an engine leaves them to others
+        await self._watch_left_behind(journal)  # one without an engine leaves them to others
         while not self.draining:
             room = self._max_runs - len(self._runs)
             claims: list[Claim] = []
@@ -456,6 +457,22 @@ class Runner:
                 log.warning("store is away", reason=str(error))
             if len(claims) < _TAKEN_AT_ONCE:
                 await asyncio.sleep(min(journal.store.lease_s / 2, _LOOK_S))
+
+    async def _watch_left_behind(self, journal: Journal) -> None:
+        """Count them for as long as the engine is away: an engine that is asleep has to be woken for them too."""
+        while True:
+            try:
+                self._metrics.left_behind.set(await journal.store.count_lost())
+            except StoreUnavailable as error:
+                log.warning("store is away", reason=str(error))
+            try:
+                await self.host.wait_up(_COUNT_S)
+            except EngineUnavailable:
+                if self.host.health is Health.FAILED:
+                    raise
+            else:
+                self._metrics.left_behind.set(0)
+                return
 
     async def _take_up(self, journal: Journal, claim: Claim, templates: Templates, revive: Revive) -> None:
         record = await journal.store.get(claim.run_id)
@@ -609,7 +626,9 @@ class Runner:
 
     async def _prepare(self, prepare: Prepare, run: Run) -> Prepared:
         for deaths in range(_MOST_DEATHS):
-            await self.host.wait_up(None if run.detached else self._engine_wait_s)
+            if not self.host.up:
+                with self._metrics.queued.track_inprogress():
+                    await self.host.wait_up(None if run.detached else self._engine_wait_s)
             try:
                 return await prepare(self.host.engine)
             except EngineDead as error:

@@ -30,6 +30,7 @@ from sqlalchemy import (
     bindparam,
     case,
     delete,
+    func,
     insert,
     null,
     or_,
@@ -591,6 +592,17 @@ class RunStore:
         if self.observer is not None and rows:
             self.observer.takeovers(len(rows))
         return [Claim(row.run_id, row.fence, row.events) for row in rows]
+
+    @_whole("read")
+    async def count_lost(self) -> int:
+        """How many unfinished runs nobody has, of whatever model.
+
+        Raises:
+            StoreUnavailable: The database does not answer.
+        """
+        lost = select(func.count()).where(_UNFINISHED, _runs.lease_until < self._database.now)
+        async with self._database.reading() as connection:
+            return int((await connection.execute(lost)).scalar_one())
 
     # Writing: anybody's side.
 
