@@ -143,7 +143,7 @@ topologySpreadConstraints:
 {{- $root := index . 0 -}}
 {{- $resources := deepCopy (index . 1) -}}
 {{- with $root.Values.accelerator.resource -}}
-{{- $gpus := dict . (int $root.Values.accelerator.count) -}}
+{{- $gpus := dict . (toString $root.Values.accelerator.count) -}}
 {{- $_ := set $resources "limits" (merge $gpus (default dict $resources.limits)) -}}
 {{- end -}}
 {{- toYaml $resources -}}
