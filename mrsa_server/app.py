@@ -10,6 +10,7 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from math import isinf
+from typing import TYPE_CHECKING
 
 import structlog
 from fastapi import FastAPI, Request
@@ -20,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from harness.prompts import load_templates
 from mrsa_server import __version__
-from mrsa_server.api import chat, export, health, models, responses, runs
+from mrsa_server.api import batches, chat, export, files, health, models, responses, runs
 from mrsa_server.api.asking import AskService
 from mrsa_server.api.errors import NO_RETRY, ApiError, StoreAway, to_response
 from mrsa_server.api.idempotency import Keys
@@ -35,6 +36,10 @@ from mrsa_server.runs.retention import Keep, forget
 from mrsa_server.runs.runner import Runner
 from mrsa_server.runs.store_errors import StoreError, StoreUnavailable
 from mrsa_server.settings import Settings, usual_state_dir
+
+if TYPE_CHECKING:  # a server without a store loads no database
+    from mrsa_server.runs.batch_keeper import BatchKeeper
+    from mrsa_server.runs.store import RunStore
 
 _DAY_S = 86_400.0
 
@@ -67,6 +72,7 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
             metrics,
             journal=journal,
             max_runs=settings.max_runs,
+            max_batch_runs=settings.max_batch_runs,
             max_queued=settings.max_queued,
             engine_wait_s=settings.engine_wait_s,
         )
@@ -79,6 +85,7 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
         asking = app.state.asking = AskService(kept_here, runner, names, templates, keys, routes, store)
         pulse = app.state.pulse = None if store is None else Pulse(store)
         app.state.runs = runs.RunsService(store, runner, templates, settings.keep_alive_s)
+        app.state.batches, app.state.files = None, files.FilesService(None, 0, 0)
         lives = [asyncio.create_task(host.run(), name="engine")]
         if journal is not None:
             log.info("runs are stored", store=journal.store.name)
@@ -87,6 +94,8 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
             lives.append(asyncio.create_task(forget(journal.store, kept(settings)), name="retention"))
             adopting = runner.adopt(journal, templates, lambda: names.names, asking.revive)
             lives.append(asyncio.create_task(adopting, name="runs left behind"))
+            keeper = keep_batches(app, asking, journal.store)
+            lives.append(asyncio.create_task(keeper.run(), name="batches"))
         for life in lives:
             life.add_done_callback(_mourn)
         if journal is None:
@@ -116,6 +125,8 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
     app.include_router(responses.router)
     app.include_router(runs.router)
     app.include_router(export.router)
+    app.include_router(files.router)
+    app.include_router(batches.router)
     app.include_router(models.router)
     app.include_router(health.router)
     app.add_exception_handler(ApiError, _api_error)
@@ -162,6 +173,22 @@ def _warn_of_memory(folder: str, reason: str) -> None:
 def _mourn(life: asyncio.Task[None]) -> None:
     if not life.cancelled() and (error := life.exception()) is not None:
         log.error("a part of the server broke", part=life.get_name(), exc_info=error)
+
+
+def keep_batches(app: FastAPI, asking: AskService, store: RunStore) -> BatchKeeper:
+    """Files and batches for their routes, and who keeps them."""
+    from mrsa_server.runs.batch_keeper import BatchKeeper  # a server without a store loads no database
+    from mrsa_server.runs.batch_store import BatchStore
+    from mrsa_server.runs.file_store import FileStore
+
+    settings = asking.settings
+    stored, uploaded = BatchStore(store), FileStore(store)
+    keeper = BatchKeeper(store, stored, uploaded, batches.requests_of(asking), asking.runner.wake)
+    app.state.files = files.FilesService(uploaded, settings.max_file_bytes, settings.body_timeout_s)
+    app.state.batches = batches.BatchesService(
+        stored, uploaded, keeper.wake, settings.body_timeout_s, settings.max_body_bytes
+    )
+    return keeper
 
 
 def kept(settings: Settings) -> Keep:

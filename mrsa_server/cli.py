@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from typing import NamedTuple
 
 from mrsa_server import __version__
+from mrsa_server.lean import without_rich
 
 
 class _Command(NamedTuple):
@@ -22,9 +24,12 @@ class _Command(NamedTuple):
 _COMMANDS = (
     _Command("serve", "serve the OpenAI API over an engine", "mrsa_server.serve"),
     _Command("ask", "ask a question, watch the rounds, get the answer", "mrsa_server.ask"),
+    _Command("batch", "answer a file of problems, over restarts and cut connections", "mrsa_server.batch"),
     _Command("plan", "forecast wall times, tokens and cost of a load on a fleet", "mrsa_server.plan"),
     _Command("runs", "list, show, follow, cancel and export stored runs", "mrsa_server.history"),
     _Command("export", "write stored runs as training data for trl", "mrsa_server.export"),
+    _Command("doctor", "say what this machine can serve, what is missing and what mends it", "mrsa_server.doctor"),
+    _Command("model", "check a ZAYA1 on disk, without a GPU", "mrsa_server.model"),
     _Command("db", "make or upgrade the tables that runs are stored in", "mrsa_server.db"),
 )
 
@@ -45,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.name, help=command.summary, description=command.summary[0].upper() + command.summary[1:] + "."
         )
         if command.name == asked:  # the others' modules stay unread: some are slow to import
-            module = import_module(command.module)
+            with without_rich() if command.name == "serve" else nullcontext():
+                module = import_module(command.module)
             module.add_arguments(below)
             below.set_defaults(run=module.run)
     commands.add_parser("version", help="print the version").set_defaults(run=_version)

@@ -65,6 +65,6 @@ async def _act(database: Database, action: str) -> int:
         current = await database.current()
     finally:
         await database.aclose()
-    head = migrations.head()
+    head = migrations.HEAD
     print(f"{database.name}: {current or 'no tables'}" + ("" if current == head else f", this version needs {head}"))
     return 0 if current == head else _BEHIND

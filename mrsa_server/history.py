@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     listing = _action(actions, "list", "the newest runs", _list)
     listing.add_argument("--status", help="only these, such as queued,running or finished")
     listing.add_argument("--model", help="only of this model")
+    listing.add_argument("--batch", metavar="BATCH", help="only those of this batch")
     listing.add_argument("--limit", type=int, default=20, metavar="N", help="most runs (default: 20)")
     for name, summary, act in (
         ("show", "one run: rounds, rollouts, answers, usage", _show),
@@ -102,8 +103,8 @@ def _list(client: httpx.Client, arguments: argparse.Namespace) -> int:
     after: str | None = None
     while len(found) < arguments.limit:
         limit = min(100, arguments.limit - len(found))
-        query = {"status": arguments.status, "model": arguments.model, "limit": limit, "after": after}
-        page = _get(client, "/v1/runs", **query).json()
+        query = {"status": arguments.status, "model": arguments.model, "batch": arguments.batch}
+        page = _get(client, "/v1/runs", **query, limit=limit, after=after).json()
         found += page["data"]
         if not page["has_more"]:
             break

@@ -58,8 +58,8 @@ class Settings(BaseSettings):
         "embedded",
         title=_ENGINE,
         description="where the model runs: `embedded` (a small model on this CPU, nothing to set up), "
-        "`vllm` (in this process), `openai` (any OpenAI-compatible server, see --engine-url), "
-        "`scripted` (no model: made-up text, for trying out)",
+        "`vllm` (in this process; what --model alone means), `openai` (any OpenAI-compatible server; what --engine-url "
+        "means), `scripted` (no model: made-up text, for trying out)",
     )
     model: str | None = Field(
         None,
@@ -185,7 +185,11 @@ class Settings(BaseSettings):
     # Tokens bound the work, so this bounds memory alone: at its end a `medium` run holds 2 MB, one of `max` 11.
     max_runs: Count = Field(1024, title=_LIMITS, description="runs in flight; more wait")
     max_queued: int = Field(1024, ge=0, title=_LIMITS, description="runs that may wait; more are a 503")
+    max_batch_runs: Count = Field(
+        256, title=_LIMITS, description="runs of batches in flight, beside those of --max-runs; more wait in the store"
+    )
     max_body_bytes: Count = Field(8 * 2**20, title=_LIMITS, description="largest request body")
+    max_file_bytes: Count = Field(100 * 2**20, title=_LIMITS, description="largest file that can be uploaded")
     body_timeout_s: Seconds = Field(30.0, title=_LIMITS, description="seconds within which a body must have arrived")
     max_population: Count = Field(64, title=_LIMITS, description="largest population")
     max_rounds: Count = Field(32, title=_LIMITS, description="most aggregation rounds")
@@ -219,7 +223,7 @@ class Settings(BaseSettings):
         folder = usual_state_dir() if self.state_dir is None else self.state_dir
         if folder is None or folder == "none":
             return None
-        return SecretStr(f"sqlite+aiosqlite:///{Path(folder).absolute() / 'runs.db'}")
+        return SecretStr(f"sqlite:///{Path(folder).absolute() / 'runs.db'}")
 
     @property
     def store_is_asked_for(self) -> bool:
@@ -239,6 +243,14 @@ class Settings(BaseSettings):
         if self.default_temperature is not None:
             return self.default_temperature
         return 0.3 if self.engine == "embedded" else 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _engine_by_what_it_is_given(cls, given: dict[str, object]) -> dict[str, object]:
+        if given.get("engine") is not None:
+            return given
+        named = [name for name in ("engine_url", "model") if given.get(name) is not None]
+        return {**given, "engine": {"engine_url": "openai", "model": "vllm"}[named[0]]} if named else given
 
     @model_validator(mode="after")
     def _engine_and_model_agree(self) -> Settings:

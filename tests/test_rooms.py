@@ -10,7 +10,19 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LEAF = {"types", "engine", "events", "lineage", "tails", "budget", "prompts", "selection"}
 ASYNC = {"run", "scripted"}  # eval will join them
-STORE = {"bells", "codec", "database", "record", "store", "store_errors", "tables"}
+STORE = {
+    "batch_store",
+    "bells",
+    "codec",
+    "database",
+    "file_store",
+    "lanes",
+    "record",
+    "store",
+    "store_errors",
+    "tables",
+    "transactions",
+}
 FILES = sorted([*ROOT.glob("harness/**/*.py"), *ROOT.glob("mrsa_server/**/*.py")])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterable
 from typing import TYPE_CHECKING
 
 import orjson
@@ -13,7 +13,7 @@ from starlette.responses import Response
 from harness.run import Watch
 from harness.types import InvalidParams
 from mrsa_server.api.asking import AskService, Key, Route, Writer, read_body, submit
-from mrsa_server.api.errors import KeyInUse, RunCancelled, of_params
+from mrsa_server.api.errors import KeyBusy, KeyInUse, RunCancelled, of_params
 from mrsa_server.api.idempotency import Asked, Kept, digest_of, read_key
 from mrsa_server.api.sse import KEEP_ALIVE, ClientGone, EventStream, error_frame, until_gone
 from mrsa_server.api.stored import asked_again, unavailable, until_ended
@@ -88,6 +88,8 @@ async def _again(service: AskService, record: StoredRun) -> bytes:
     """The whole response of a run that may still be under way, here or elsewhere."""
     assert service.store is not None  # the record is its
     ended = record if record.ended_at is not None else await until_ended(service.store, record.run_id)
+    if ended.status == "cancelled" and not ended.cancel_requested:  # whoever had begun it has left, and nobody else
+        raise KeyBusy
     return await _whole(service, service.routes[record.kind], await asked_again(service, ended))
 
 
@@ -142,22 +144,25 @@ async def _frames(
     run: Run, subscription: Subscription, writer: Writer, keep_alive_s: float
 ) -> AsyncGenerator[bytes, None]:
     """The stream of a run; closing it leaves the run."""
-    silence_s = min(_FIRST_BYTES_S, keep_alive_s)
+    clock = asyncio.get_running_loop().time
+    said, silence_s = clock(), min(_FIRST_BYTES_S, keep_alive_s)
     try:
         while True:
+            frames, error = _write(())
             try:
-                items = await subscription.next(silence_s)
-            except TimeoutError:
-                yield KEEP_ALIVE
-            else:
+                items = await subscription.next(max(0.0, said + silence_s - clock()))
                 if not items:
                     break
                 frames, error = _write(part for item in items for part in writer.take(item))
-                if frames:
-                    yield frames
-                if error is not None:
-                    raise error
-            silence_s = keep_alive_s
+            except TimeoutError:
+                pass
+            if not frames and clock() - said >= silence_s:  # much may happen that this client is not told
+                frames = KEEP_ALIVE
+            if frames:
+                yield frames
+                said, silence_s = clock(), keep_alive_s
+            if error is not None:
+                raise error
         assert run.state is not None  # it has ended without an error
         frames, error = _write(writer.finish(run.state))
         if frames:
@@ -168,7 +173,7 @@ async def _frames(
         run.leave(subscription)
 
 
-def _write(parts: Iterator[bytes]) -> tuple[bytes, Exception | None]:
+def _write(parts: Iterable[bytes]) -> tuple[bytes, Exception | None]:
     """Frames, and what broke after them: a writer counts on all that it has handed out being sent."""
     written: list[bytes] = []
     try:

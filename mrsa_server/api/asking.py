@@ -65,7 +65,7 @@ class AskService:
             reply, wishes = self.read(self.routes[record.kind], record.body, record.run_id, record.created_at)
         except InvalidParams as error:
             raise of_params(error) from None
-        return _preparing(self, reply, wishes, record.run_id, record.priority)
+        return _preparing(self, reply, wishes, record.run_id, record.priority, record.background)
 
     def read(self, route: Route, raw: bytes, run_id: str, created_at: float) -> tuple[Reply, Wishes]:
         """A body, as far as that needs no engine.
@@ -152,14 +152,16 @@ def submit(service: AskService, route: Route, raw: bytes, key: Key | None = None
         body_digest=key.digest if key else b"",
         metadata=reply.metadata,
     )
-    prepare = _preparing(service, reply, wishes, run_id, priority)
+    prepare = _preparing(service, reply, wishes, run_id, priority, reply.background)
     return Asked(service.runner.submit(run_id, prepare, wishes.deadline_s, record if reply.stored else None), reply)
 
 
-def _preparing(service: AskService, reply: Reply, wishes: Wishes, run_id: str, priority: int) -> Prepare:
+def _preparing(
+    service: AskService, reply: Reply, wishes: Wishes, run_id: str, priority: int, background: bool
+) -> Prepare:
     async def prepare(engine: ServedEngine) -> Prepared:
         try:
-            return await _prepare(service, reply, wishes, run_id, priority, engine)
+            return await _prepare(service, reply, wishes, run_id, priority, background, engine)
         except BadRequest as error:
             raise renamed(error, reply.chat.names) from None
 
@@ -167,7 +169,13 @@ def _preparing(service: AskService, reply: Reply, wishes: Wishes, run_id: str, p
 
 
 async def _prepare(
-    service: AskService, reply: Reply, wishes: Wishes, run_id: str, priority: int, engine: ServedEngine
+    service: AskService,
+    reply: Reply,
+    wishes: Wishes,
+    run_id: str,
+    priority: int,
+    background: bool,
+    engine: ServedEngine,
 ) -> Prepared:
     """Check the request against the engine, and make the run.
 
@@ -184,7 +192,7 @@ async def _prepare(
             wishes, service.settings, chat.sampling, chat.seed, engine.vocabulary.context_tokens, question_tokens
         )
         check_thinking(decided.params, engine.vocabulary)
-        if not chat.body.stream and not reply.background and not wishes.plain:
+        if not chat.body.stream and not background and not wishes.plain:
             check_unstreamed(decided.params, service.runner.tokens_per_s, service.settings.max_unstreamed_s)
         reply.divisor, reply.warnings = decided.divisor, decided.warnings
         reply.exact, reply.thinks = engine.vocabulary.exact, bool(engine.vocabulary.think_close)

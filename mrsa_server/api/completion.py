@@ -263,11 +263,23 @@ async def completion(run: Run, state: State, reply: Reply, engine: Engine) -> di
 
 async def thinking_of(run: Run, slot: Slot, engine: Engine) -> str:
     """The thinking before an answer; empty where there is none, or none that could be decoded."""
+    try:
+        return await read_thinking(run, slot, engine)
+    except EngineDead:
+        return ""  # the answer is there: it is worth more than its thinking
+
+
+async def read_thinking(run: Run, slot: Slot, engine: Engine) -> str:
+    """The thinking before an answer; empty where there is none, or none that the engine can read.
+
+    Raises:
+        EngineDead: It cannot be told now.
+    """
     trace = run.traces.get(slot)
     if trace is None or trace.reasoning == trace.answer:
         return ""
     start, stop = trace.reasoning
     try:
         return (await engine.decode(trace.token_ids[start:stop])).strip()
-    except (EngineError, EngineDead):
-        return ""  # the answer is there: it is worth more than its thinking
+    except EngineError:
+        return ""

@@ -40,6 +40,7 @@ class Kept(NamedTuple):
 @dataclass(eq=False, slots=True)
 class _Entry:
     digest: bytes
+    run_id: str
     held: Asked | Kept | ApiError
 
 
@@ -89,10 +90,15 @@ class Keys:
             render: Makes the response, once the run has ended with an answer.
         """
         self._forget(key)
-        entry = self._entries[key] = _Entry(digest_of(body), asked)
+        entry = self._entries[key] = _Entry(digest_of(body), asked.run.id, asked)
         task = asyncio.create_task(self._keep(key, entry, asked, render), name=f"key of run {asked.run.id}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def forget(self, run_id: str) -> None:
+        """Let go of the key of a run that was deleted."""
+        for key in [key for key, entry in self._entries.items() if entry.run_id == run_id]:
+            self._forget(key)
 
     async def aclose(self) -> None:
         """Forget everything."""

@@ -40,10 +40,10 @@ class ModelNames:
         """Whether a name asks for the method.
 
         Raises:
-            UnknownModel: If it is neither of the names. Before they are known, any could be.
+            UnknownModel: If it is neither of the names. Before they are known, any that can be printed could be.
         """
         names = self.names
-        if names is not None and model not in names:
+        if model not in names if names is not None else not model.isprintable():
             raise UnknownModel(model)
         return model == names.method if names is not None else model.endswith(ALIAS_SUFFIX)
 

@@ -372,6 +372,11 @@ class ResponseEvents:
     def _shows_thinking(self) -> bool:
         return self._form.summary in ("auto", "detailed")
 
+    @property
+    def reads_thinking(self) -> bool:
+        """Whether `finish` makes anything of the thinking before the answer; known once the run has begun."""
+        return self._shows_thinking and self._params is not None and self._answering(self._params.rounds)
+
     def _delta(self, item: RolloutDelta) -> Iterator[bytes]:
         round = item.slot.round
         if not self._answering(round):

@@ -7,6 +7,7 @@ crash, and `starting_after` goes on where a connection was cut.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
@@ -15,18 +16,20 @@ import orjson
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from harness.engine import Engine
+from harness.engine import Engine, EngineDead
+from harness.events import RunFinished
 from harness.markovian_rsa import State
 from harness.run import Watch
 from mrsa_server.api.answering import answer
 from mrsa_server.api.asking import RUN, AskService, Route
-from mrsa_server.api.completion import Reply, chosen, thinking_of
-from mrsa_server.api.errors import ApiError, BadRequest, EngineUnavailable, RunCancelled, of_stored
+from mrsa_server.api.completion import Reply, chosen, read_thinking, thinking_of
+from mrsa_server.api.errors import ApiError, BadRequest, EngineUnavailable, RunCancelled, ShuttingDown, of_stored
 from mrsa_server.api.query import boolean, integer, one_of, query
 from mrsa_server.api.response_events import ResponseEvents
 from mrsa_server.api.responses_wire import RESPONSE, check_body, continued, input_items, parse_response, previous_of
 from mrsa_server.api.sse import KEEP_ALIVE, EventStream, named_frame
 from mrsa_server.api.stored import Retelling, add_traces, answer_of, further, log_of, unavailable
+from mrsa_server.runs.host import Health
 from mrsa_server.runs.runner import Prepared, Run
 from mrsa_server.runs.store_errors import NoSuchRun, StoreUnavailable
 from mrsa_server.settings import Settings
@@ -39,6 +42,7 @@ router = APIRouter()
 _NAME = re.compile(rf"{RESPONSE}([0-9A-Za-z_]{{1,120}})", re.ASCII)
 _EVENTS = 100  # read at once
 _CANCELLING_S = 10.0  # in which the owner of a run, wherever that is, ends it; then the answer says how it stands
+_PAUSE_S = 0.25  # between tries to read what an engine alone knows
 _MOST_ITEMS = 100
 _USUAL_ITEMS = 20
 
@@ -96,6 +100,7 @@ async def delete_response(request: Request, response_id: str) -> Response:
     if here is not None:
         here.cancel(RunCancelled())
     await store.delete(record.run_id)
+    service.keys.forget(record.run_id)
     return _json({"id": response_id, "object": "response", "deleted": True})
 
 
@@ -124,10 +129,10 @@ def _read(raw: bytes, settings: Settings, name: str, created: int) -> Reply:
 
 
 async def _whole(run: Run, state: State, reply: Reply, engine: Engine) -> dict[str, object]:
-    thinking = await thinking_of(run, chosen(state, 1)[0], engine)
     events = ResponseEvents(run, reply, late=True)
-    for _ in (*events.take(Prepared(state, Watch.NONE)), *events.finish(state, thinking)):
-        pass  # the frames are of no use here, the body is what they end in
+    frames = [*events.take(Prepared(state, Watch.NONE))]
+    thinking = await thinking_of(run, chosen(state, 1)[0], engine) if events.reads_thinking else ""
+    frames += events.finish(state, thinking)  # they are of no use here, the body is what they end in
     return events.body
 
 
@@ -135,13 +140,19 @@ async def _complete(service: AskService, raw: bytes) -> bytes:
     """A body whose input begins with the conversation that it goes on with.
 
     Raises:
-        BadRequest: There is no such response, or it has no answer.
+        BadRequest: There is no such response, or it has no answer; or the body is not good by itself.
+        InvalidParams: Likewise.
         StoreUnavailable: The database does not answer.
     """
-    check_body(raw)  # so that an error names the places that the client wrote
+    check_body(raw)
     earlier = previous_of(raw)
     if earlier is None or service.store is None:
         return raw
+    try:
+        parse_response(raw, service.settings)  # so that an error names the places that the client wrote
+    except BadRequest as error:
+        if error.param != "input":  # what is too little by itself may do as the end of more
+            raise
     name = _NAME.fullmatch(earlier)
     record = await service.store.get(RUN + name[1]) if name else None
     if record is None or record.kind != "response":
@@ -190,26 +201,41 @@ async def _body_of(service: AskService, record: StoredRun) -> dict[str, object]:
                 pass
     if record.ended_at is None:
         return events.so_far("queued" if told.run.state is None else "in_progress")
-    await _finish(service, store, record, told, events)
+    if events.reads_thinking:
+        await add_traces(store, told.run)
+    # Whoever asks for the answer gets it, with or without what an engine that is away alone could read.
+    _finish(record, told, events, await _thinking(service, told.run, 0) or "")
     return events.body
 
 
-async def _finish(
-    service: AskService, store: RunStore, record: StoredRun, told: Retelling, events: ResponseEvents
-) -> bytes:
+def _finish(record: StoredRun, told: Retelling, events: ResponseEvents, thinking: str) -> bytes:
     """The last frames of a response whose run has ended and was told to its end."""
     state = told.run.state
     if record.error is not None and record.status != "cancelled":
         return events.fail(of_stored(record.error))
     if record.status not in ("finished", "stopped") or state is None:
         return events.cancel()
-    await add_traces(store, told.run)
-    try:  # an engine knows the words of the thinking, whose events have numbers too
-        await service.runner.host.wait_up(None)
-    except EngineUnavailable:
-        pass
-    thinking = await thinking_of(told.run, chosen(state, 1)[0], service.runner.host.engine)
     return b"".join(events.finish(state, thinking))
+
+
+async def _thinking(service: AskService, run: Run, wait_s: float) -> str | None:
+    """The thinking before the answer of a run whose traces are there; None where its engine did not come in time.
+
+    Raises:
+        EngineUnavailable: It never will, and it was to be waited for.
+    """
+    if not run.traces or run.state is None or not isinstance(run.state.outcome, RunFinished):
+        return ""
+    host = service.runner.host
+    try:
+        await host.wait_up(wait_s)
+        return await read_thinking(run, chosen(run.state, 1)[0], host.engine)
+    except EngineDead as error:
+        host.lost(str(error))
+    except EngineUnavailable:
+        if host.health is Health.FAILED and wait_s:
+            raise
+    return None
 
 
 def _stream(service: AskService, store: RunStore, record: StoredRun, after: int) -> Response:
@@ -222,7 +248,9 @@ def _stream(service: AskService, store: RunStore, record: StoredRun, after: int)
     def broken(error: ApiError) -> bytes:
         """The stream ends here, and the response does not: so nothing is numbered."""
         blame = error.body()["error"]
-        hint = f"{error.message} Go on with starting_after={last}." if record.background else error.message
+        hint = error.message
+        if record.background and error.status >= 500:
+            hint = f"{hint.rstrip('.')}. Go on with starting_after={last}."
         assert isinstance(blame, dict)  # as the shape of errors has it
         fields = {"type": "error", "sequence_number": max(last, 0), "code": error.code, "message": hint, "param": None}
         return named_frame("error", {**fields, "error": {**blame, "message": hint}})
@@ -238,8 +266,10 @@ async def _frames(
     events = ResponseEvents(told.run, told.reply, late=not record.background, after=after)
     frames = b"".join(events.queued()) if record.background else b""
     number = 0
+    clock, keep_alive_s = asyncio.get_running_loop().time, service.settings.keep_alive_s
     yield frames or KEEP_ALIVE
     noted(events.last)
+    said = clock()
     try:
         while True:
             found = await log_of(store, record.run_id, number, _EVENTS)
@@ -248,21 +278,36 @@ async def _frames(
                 frames = b"".join(part for item in told.take(stored) for part in events.take(item))
                 if frames:
                     yield frames
+                    said = clock()
                 noted(events.last)
-            if found:
-                continue
-            progress = await further(store, service.runner, record.run_id, number, service.settings.keep_alive_s)
-            if progress is None:
+            if not found:
+                left_s = max(0.0, said + keep_alive_s - clock())
+                progress = await further(store, service.runner, record.run_id, number, left_s)
+                if progress is not None and progress <= number:
+                    break
+            if clock() - said >= keep_alive_s:  # much may happen that this client is not told
                 yield KEEP_ALIVE
-            elif progress <= number:
-                break
+                said = clock()
         ended = await store.get(record.run_id)
         if ended is None:
-            return
+            raise NoSuchRun(record.run_id)
         told.run.ended_at = ended.ended_at
-        yield await _finish(service, store, ended, told, events)
-    except NoSuchRun:  # it was deleted while somebody read it
-        return
+        if events.reads_thinking:
+            await add_traces(store, told.run)
+        # Its events have numbers too: a stream that left them out would number anew what follows.
+        thinking = await _thinking(service, told.run, 0)
+        until = clock() + service.settings.engine_wait_s
+        while thinking is None:
+            if service.runner.left.is_set():
+                raise ShuttingDown
+            if clock() >= until:
+                raise EngineUnavailable(service.runner.host.reason)
+            yield KEEP_ALIVE
+            await asyncio.sleep(_PAUSE_S)
+            thinking = await _thinking(service, told.run, min(keep_alive_s, max(0.1, until - clock())))
+        yield _finish(ended, told, events, thinking)
+    except NoSuchRun:
+        raise ApiError(404, "not_found", "The response was deleted while it was read.") from None
     except StoreUnavailable as error:
         raise unavailable(error) from None
 

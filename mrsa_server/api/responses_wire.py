@@ -57,6 +57,7 @@ Summary = Literal["concise", "auto", "detailed"]
 OWN_EVENTS = "mrsa.events"
 RESPONSE = "resp_"  # begins the id of every response; its run has what follows it in its own
 
+_MOST_DEEP = 254  # what orjson writes; it reads 1,024
 _Ignored = Annotated[dict[str, Any], Field(max_length=16)]
 _Status = Literal["in_progress", "completed", "incomplete"]
 _Key = Annotated[str, StringConstraints(max_length=64)]
@@ -397,7 +398,8 @@ def continued(raw: bytes, earlier: bytes, output: object) -> bytes:
 
 def input_items(raw: bytes, name: str) -> list[dict[str, Any]]:
     """The items of a stored body's input, each with an id that lasts."""
-    found = []
+    found: list[dict[str, Any]] = []
+    ids: set[str] = set()
     for number, item in enumerate(_turns(read_object(raw)["input"])):
         item = {"type": "message", **item}
         if item["type"] == "message":
@@ -405,7 +407,11 @@ def input_items(raw: bytes, name: str) -> list[dict[str, Any]]:
             if isinstance(item["content"], str):
                 kind = "output_text" if item["role"] == "assistant" else "input_text"
                 item["content"] = [{"type": kind, "text": item["content"]}]
-        found.append({**item, "id": item.get("id") or f"item_{name}_{number}"})
+        id = item.get("id")
+        if id is None or id in ids:  # pages go on from one
+            id = f"item_{name}_{number}"
+        ids.add(id)
+        found.append({**item, "id": id})
     return found
 
 
@@ -430,6 +436,11 @@ def parse_response(raw: bytes, settings: Settings) -> Asking:
     """
     body = check_body(raw)
     _check(body, settings)
+    try:  # its items are told again, and go into what goes on with it
+        if raw.count(b"[") + raw.count(b"{") > _MOST_DEEP:
+            orjson.dumps(read_object(raw))
+    except TypeError:
+        raise BadRequest(f"The body must not be nested more than {_MOST_DEEP} deep.", code="invalid_json") from None
     names: dict[str, str] = {
         "messages": "input",
         "max_completion_tokens": "max_output_tokens",

@@ -72,11 +72,11 @@ def _store(request: Request) -> tuple[RunsService, RunStore]:
 
 @router.get("/v1/runs")
 async def list_runs(request: Request) -> Response:
-    """A page of runs, the newest first; by `status`, `model`, `kind`, from the run `after` on, at most `limit`."""
+    """A page of runs, the newest first; by `status`, `model`, `kind`, `batch`; `limit` of them `after` one."""
     from mrsa_server.runs.store import RunFilter  # it is there, since there is a store
 
     _, store = _store(request)
-    asked = query(request, {"limit", "after", "status", "model", "kind"})
+    asked = query(request, {"limit", "after", "status", "model", "kind", "batch"})
     limit = integer(asked, "limit", 1, _MOST_RUNS, _USUAL_RUNS)
     status = tuple(asked.get("status", "").split(",")) if "status" in asked else ()
     for one in status:
@@ -87,12 +87,14 @@ async def list_runs(request: Request) -> Response:
         status=cast("tuple[StoredStatus, ...]", status),
         model=asked.get("model"),
         kind=cast("RunKind | None", asked.get("kind")),
+        batch_id=asked.get("batch"),
     )
     last = await store.get(asked["after"]) if RUN_NAME.fullmatch(asked.get("after", "")) else None
     if "after" in asked and last is None:
         raise BadRequest(f"after: there is no run {asked['after'][:128]!r}", "after")
-    if not asked.get("model", "").isprintable():
-        raise BadRequest("model: must be printable", "model")
+    for name in ("model", "batch"):
+        if not asked.get(name, "").isprintable():
+            raise BadRequest(f"{name}: must be printable", name)
     found = await store.list_runs(which, before=last.cursor if last else None, limit=limit + 1)
     page = found[:limit]
     return _json(
@@ -241,6 +243,8 @@ def _summary(run: RunSummary) -> dict[str, object]:
         "events": run.last,
         "cancel_requested": run.cancel_requested,
         "metadata": dict(run.metadata),
+        "batch_id": run.batch_id,
+        "custom_id": run.custom_id,
     }
 
 

@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 
 from harness.engine import Engine
 from mrsa_server.descriptors import SHORT_CALLS
+from mrsa_server.lean import without_rich
 from mrsa_server.settings import Settings
 
 
@@ -59,7 +60,8 @@ def build(settings: Settings) -> ServedEngine:
     """
     match settings.engine:
         case "openai":
-            from mrsa_server.engines.openai_http import OpenAIEngine
+            with without_rich():
+                from mrsa_server.engines.openai_http import OpenAIEngine
 
             assert settings.engine_url is not None  # Settings sees to it
             key = settings.engine_api_key

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 # Ids of the prompt that a decoder sees before the output: some tokenizers write a space only between words.
 _PRIMING = 4
 
+# Marks of a tool call are part of the answer, also where a tokenizer counts them as special (ZAYA1's has ids for them).
+_SPOKEN = frozenset({"<tool_call>", "</tool_call>", "<zyphra_tool_call>", "</zyphra_tool_call>"})
+
 
 class Tokens:
     """A fast tokenizer of transformers, and the one place that knows which of its ids are control.
@@ -29,6 +32,7 @@ class Tokens:
     Attributes:
         vocabulary: Think markers count where each is one id; else the model is taken as one that does not think.
         markers: The ids of the think markers.
+        spoken: Special ids that are text all the same, and the text.
 
     Raises:
         ValueError: It is no fast tokenizer.
@@ -45,9 +49,11 @@ class Tokens:
         self.vocabulary = Vocabulary((ids["<think>"],), (ids["</think>"],)) if thinks else Vocabulary()
         self.markers = frozenset(self.vocabulary.think_open + self.vocabulary.think_close)
         added: Mapping[int, Any] = tokenizer.added_tokens_decoder
-        special = frozenset(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+        unread = {i for i, token in added.items() if token.special}
+        special = frozenset(tokenizer.all_special_ids) | unread
         self._bounds = special | self.markers
-        self._bytes = _bytes_of(tokenizer.backend_tokenizer, {i for i, token in added.items() if token.special})
+        self.spoken = {i: added[i].content for i in unread if added[i].content in _SPOKEN}
+        self._bytes = _bytes_of(tokenizer.backend_tokenizer, unread - self.spoken.keys())
         # Not every added token is control: Gemma's hold runs of spaces and newlines, which a candidate needs.
         self._control = self._bounds | {i for i, token in added.items() if neutralise(token.content) != token.content}
 
@@ -100,6 +106,16 @@ class Tokens:
                 return b"".join(map(self._bytes.__getitem__, token_ids)).decode("utf-8", "replace")
             except IndexError:  # some models have more rows than their tokenizer has ids
                 pass
+        if not self.spoken or self.spoken.keys().isdisjoint(token_ids):
+            return self._decode(token_ids)
+        parts: list[str] = []
+        start = 0
+        for at in (at for at, token_id in enumerate(token_ids) if token_id in self.spoken):
+            parts += self._decode(token_ids[start:at]), self.spoken[token_ids[at]]
+            start = at + 1
+        return "".join((*parts, self._decode(token_ids[start:])))
+
+    def _decode(self, token_ids: TokenIds) -> str:
         ids = token_ids if isinstance(token_ids, list) else list(token_ids)
         text: str = self._tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=True)
         return text
@@ -185,9 +201,14 @@ class Pieces:
 
     def _split(self, token_ids: TokenIds) -> Iterator[Delta]:
         start = 0
-        markers = self._tokens.markers
-        if not markers.isdisjoint(token_ids):
+        markers, spoken = self._tokens.markers, self._tokens.spoken
+        if not markers.isdisjoint(token_ids) or (spoken and not spoken.keys().isdisjoint(token_ids)):
             for at, token_id in enumerate(token_ids):
+                if token_id in spoken:
+                    ids = token_ids[start : at + 1]
+                    self._held += self._read(ids[:-1]) + spoken[token_id]
+                    yield Delta(ids, self._release(self._hold))
+                    start, self._stream = at + 1, self._tokens.stream()
                 if token_id not in markers:
                     continue
                 ids = token_ids[start:at]

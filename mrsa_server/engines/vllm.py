@@ -23,13 +23,19 @@ from harness.types import Finish, Message, RolloutRequest, Tail, TokenIds
 from mrsa_server.engines import UNWATCHED_INTERVAL
 from mrsa_server.engines.prompting import ChatMessage, PromptIds
 from mrsa_server.engines.tokens import Pieces, Tokens
+from mrsa_server.zaya import ARCHITECTURE
 
 if TYPE_CHECKING:
-    from vllm.config import SchedulerConfig
+    from vllm.config import CacheConfig, SchedulerConfig
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
 
 log = structlog.get_logger("mrsa.engine")
+
+# Where prefixes of ZAYA1 can be taken up again. Its state takes as much memory as the keys and values of a block: at
+# each of them it would halve what the prefix cache holds.
+_STATE_TOKENS = 128
+_INTERVAL = "prefix_cache_retention_interval"
 
 INSTALL = "vLLM is not installed: `pip install 'mrsa-server[vllm]'` on a GPU machine, `make venv-cpu` on one without"
 
@@ -221,6 +227,8 @@ class _Vllm:
         mended = {"worker_cls": "mrsa_server.engines.vllm_cpu.Worker"} if current_platform.is_cpu() else {}
         made = self._args(**mended | dict(args))
         config = made.create_engine_config(UsageContext.ENGINE_CONTEXT)
+        if config.model_config.architecture == ARCHITECTURE and _INTERVAL not in args:
+            _keep_states(config.cache_config)
         reason = self._hold_back(config.scheduler_config)
         if reason is not None:
             log.warning("vLLM sends every token by itself, which costs the server more", reason=reason)
@@ -284,6 +292,17 @@ class _Vllm:
             output_kind=self._params.RequestOutputKind.DELTA,
             **fields,
         )
+
+
+def _keep_states(config: CacheConfig) -> None:
+    """Have the state of ZAYA1 kept at every so many tokens of a prefix, so that what shares a part of it finds it.
+
+    By itself vLLM 0.32 keeps it at the ends of prompts alone, and where two parted once it has seen them part; what an
+    aggregation shares ends where it pleases. 0.26 keeps it at every block and cannot be told otherwise.
+    """
+    if hasattr(config, _INTERVAL):
+        block = config.block_size or 1
+        setattr(config, _INTERVAL, -(-_STATE_TOKENS // block) * block)
 
 
 def _finish(reason: str | None) -> Finish | None:

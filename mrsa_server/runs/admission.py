@@ -2,11 +2,15 @@
 
 It bounds tokens, since tokens are what fills an engine's memory; within the bound the engine's own scheduler decides.
 
-Order. A run's rank is the second of its arrival, and `AGEING` seconds later for each second of the whole engine that it
-has had: older runs go first, but one that has taken much counts as younger than one that has taken little. A run that
-waits keeps its rank, those that are served lose theirs, and those that come later start behind it: so what passes it is
-bounded. Within a run the rollouts go by `RolloutRequest.priority`, after those that were begun before and go on.
-The first in the queue is never passed by a smaller one, so that a large one gets its turn.
+Classes. Rollouts for somebody who waits go before all those of batches, and are bounded by their own tokens alone: what
+batches hold stands in nobody's way, since the engine's scheduler drops it by its priority where memory is short. A
+batch's rollouts have what is left of the bound.
+
+Order within a class. A run's rank is the second of its arrival, and `AGEING` seconds later for each second of the whole
+engine that it has had: older runs go first, but one that has taken much counts as younger than one that has taken
+little. A run that waits keeps its rank, those that are served lose theirs, and those that come later start behind it:
+so what passes it is bounded. Within a run the rollouts go by `RolloutRequest.priority`, after those that were begun
+before and go on. The first in the queue is never passed by a smaller one, so that a large one gets its turn.
 """
 
 from __future__ import annotations
@@ -30,6 +34,8 @@ USUAL_TOKENS = 2_600_000
 # short runs wait for long ones (slowdown 22 at the 99th percentile, with 16 it is 6), with 64 they gain nothing more.
 AGEING = 16.0
 _PACE_S = 60.0  # of an engine's work, over which its pace is measured
+# Of the places for generations, which descriptors bound: kept free of batches, one in so many.
+_KEPT_FREE = 8
 # Of its grant, until rollouts have ended: 740,000 tokens of 33 rollouts of 40K, as the method's authors report.
 _FIRST_SHARE = 0.55
 _NEWEST = 1 / 64  # weight of the rollout that has just ended
@@ -37,6 +43,7 @@ _CHARACTERS_PER_TOKEN = 4.0  # of English, until the engine tells how long the p
 
 
 Kind = tuple[bool, int]  # of a run's method or not, and how long its grant is in bits
+Place = tuple[bool, float]
 
 
 @dataclass(eq=False, slots=True)
@@ -45,7 +52,13 @@ class Share:
 
     rank: float
     plain: bool = False  # one chat and no method: its lengths tell nothing of a rollout's
+    batch: bool = False  # nobody waits for it
     waiting: list[tuple[bool, int, int, _Waiter]] = field(default_factory=list, repr=False)
+
+    @property
+    def place(self) -> Place:
+        """Where it stands in the queue, by its class first."""
+        return self.batch, self.rank
 
 
 @dataclass(eq=False, slots=True)
@@ -99,6 +112,9 @@ class Admission:
         self.tokens = 0.0  # in flight
         self.calls = 0  # in flight
         self.waiting = 0
+        self._batch_tokens = 0.0  # of those in flight
+        self._batch_calls = 0
+        self._batch_waiting = 0
         self._host = host
         self._max_tokens = max_tokens
         self._max_calls = max_calls
@@ -107,7 +123,7 @@ class Admission:
         self._done = 0.0  # tokens of the newest generations, fading
         self._busy_s = 0.0  # in which they were done, fading likewise
         self._since = 0.0  # the engine is busy and that is not yet in `_busy_s`
-        self._queue: list[tuple[float, int, Share]] = []  # an entry counts while its rank is that of its share
+        self._queue: list[tuple[Place, int, Share]] = []  # an entry counts while its place is that of its share
         self._numbers = itertools.count()
         self._seconds = metrics.admission_seconds
         metrics.inflight_tokens.set_function(lambda: self.tokens)
@@ -129,22 +145,24 @@ class Admission:
         """What the whole engine does while it is busy, prompts included; None before anything has ended."""
         return self._done / self._busy_s if self._busy_s > 0 else None
 
-    def through(self, engine: Engine, arrival_s: float, *, plain: bool = False) -> AdmittedEngine:
+    def through(self, engine: Engine, arrival_s: float, *, plain: bool = False, batch: bool = False) -> AdmittedEngine:
         """The engine as one run may use it.
 
         Args:
             engine: Where its rollouts are generated.
             arrival_s: When the run was submitted, on the loop's clock.
             plain: Whether it is one chat, without the method.
+            batch: Whether nobody waits for it, so that it yields to all for whom somebody does.
         """
-        return AdmittedEngine(engine, self, Share(arrival_s, plain))
+        return AdmittedEngine(engine, self, Share(arrival_s, plain, batch))
 
     async def enter(self, share: Share, request: RolloutRequest, vocabulary: Vocabulary) -> Hold:
         """Wait for a turn; `leave` gives it back. One that is cancelled meanwhile holds nothing."""
         kind = (share.plain, request.max_tokens.bit_length())
         expected = request.max_tokens * self.used_share(kind)
         hold = Hold(share, _prompt_estimate(request, vocabulary), expected, request.max_tokens, kind)
-        if not self.waiting and self._fits(hold):
+        before = self.waiting if share.batch else self.waiting - self._batch_waiting
+        if not before and self._fits(hold):
             self._admit(hold)
             self._seconds.observe(0)
             return hold
@@ -152,7 +170,7 @@ class Admission:
         waiter, since = _Waiter(hold, loop.create_future()), loop.time()
         entry = (not request.continuation, request.priority, next(self._numbers), waiter)
         heapq.heappush(share.waiting, entry)
-        self.waiting += 1
+        self._wait(share, 1)
         if len(share.waiting) == 1:
             self._list(share)
         try:
@@ -163,7 +181,7 @@ class Admission:
                 self._charge(hold, 0)
                 self._let_in()
             else:
-                self.waiting -= 1
+                self._wait(share, -1)
                 share.waiting.remove(entry)
                 heapq.heapify(share.waiting)
                 self._let_in()  # a smaller one may have waited behind it
@@ -174,14 +192,14 @@ class Admission:
     def settle(self, hold: Hold, prompt_tokens: int, cached_tokens: int) -> None:
         """Count the prompt as the engine does; what its cache held is counted with another generation."""
         before, hold.prompt_tokens = hold.prompt_tokens, max(0, prompt_tokens - cached_tokens)
-        self.tokens += hold.prompt_tokens - before
+        self._hold(hold.share, hold.prompt_tokens - before)
         if hold.prompt_tokens < before:
             self._let_in()
 
     def grow(self, hold: Hold, generated: float) -> None:
         """Count a generation by what it has, once that is more than was expected of it."""
         if generated > hold.expected_tokens:
-            self.tokens += generated - hold.expected_tokens
+            self._hold(hold.share, generated - hold.expected_tokens)
             hold.expected_tokens = generated
 
     def leave(self, hold: Hold, generated: float, *, whole: bool) -> None:
@@ -201,21 +219,41 @@ class Admission:
         self._let_in()
 
     def _fits(self, hold: Hold) -> bool:
-        """Whether there is room; alone everything has it."""
-        return not self.calls or (self.calls < self._max_calls and self.tokens + hold.tokens <= self.max_tokens)
+        """Whether there is room; alone among its like everything has it, as long as there is a place for a call."""
+        tokens, calls, most = self.tokens, self.calls, self._max_calls
+        if hold.share.batch:
+            most -= most // _KEPT_FREE
+        else:
+            tokens, calls = tokens - self._batch_tokens, calls - self._batch_calls
+        if self.calls >= most:
+            return False
+        return not calls or tokens + hold.tokens <= self.max_tokens
 
     def _admit(self, hold: Hold) -> None:
         if not self.calls:
             self._since = asyncio.get_running_loop().time()
-        self.tokens += hold.tokens
-        self.calls += 1
+        self._hold(hold.share, hold.tokens, calls=1)
         self._charge(hold, hold.tokens)
 
     def _free(self, hold: Hold) -> None:
-        self.tokens -= hold.tokens
-        self.calls -= 1
-        if not self.calls:
-            self.tokens = 0.0  # a sum of floats that came and went is not quite zero
+        self._hold(hold.share, -hold.tokens, calls=-1)
+        # A sum of floats that came and went is not quite zero.
+        if not self._batch_calls:
+            self._batch_tokens = 0.0
+        if self.calls == self._batch_calls:
+            self.tokens = self._batch_tokens
+
+    def _hold(self, share: Share, tokens: float, calls: int = 0) -> None:
+        self.tokens += tokens
+        self.calls += calls
+        if share.batch:
+            self._batch_tokens += tokens
+            self._batch_calls += calls
+
+    def _wait(self, share: Share, waiters: int) -> None:
+        self.waiting += waiters
+        if share.batch:
+            self._batch_waiting += waiters
 
     def _charge(self, hold: Hold, tokens: float) -> None:
         """Let a run be younger for a generation of so many tokens."""
@@ -230,16 +268,16 @@ class Admission:
     def _list(self, share: Share) -> None:
         """Put a share that waits where it belongs now; its old entry is dropped when it comes up."""
         if len(self._queue) > 4 * self.waiting + 64:
-            listed = {share: rank for rank, _, share in self._queue if share.waiting and rank == share.rank}
-            self._queue = [(rank, next(self._numbers), share) for share, rank in listed.items()]
+            listed = {share: place for place, _, share in self._queue if share.waiting and place == share.place}
+            self._queue = [(place, next(self._numbers), share) for share, place in listed.items()]
             heapq.heapify(self._queue)
-        heapq.heappush(self._queue, (share.rank, next(self._numbers), share))
+        heapq.heappush(self._queue, (share.place, next(self._numbers), share))
 
     def _let_in(self) -> None:
         """Everyone for whom there is room, in order."""
         while self.waiting and self._queue:
-            rank, _, share = self._queue[0]
-            if rank != share.rank or not share.waiting:
+            place, _, share = self._queue[0]
+            if place != share.place or not share.waiting:
                 heapq.heappop(self._queue)
                 continue
             waiter = share.waiting[0][-1]
@@ -248,7 +286,7 @@ class Admission:
             if not self._fits(waiter.hold):
                 return
             heapq.heappop(share.waiting)
-            self.waiting -= 1
+            self._wait(share, -1)
             waiter.admitted = True
             waiter.turn.set_result(None)
             self._admit(waiter.hold)

@@ -1,7 +1,8 @@
 """A database as the store sees it: connections, transactions, its clock. SQLite or Postgres, one SQL for both.
 
 SQLite has one connection that writes, so that writers of this process queue here and those of others at `BEGIN
-IMMEDIATE`; each commit is synced to the disk.
+IMMEDIATE`; each commit is synced to the disk. SQLAlchemy's asyncio extension, which brings its ORM along, and Alembic
+are imported where they are needed: for Postgres, and for tables of an older version.
 """
 
 from __future__ import annotations
@@ -14,25 +15,32 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, closing
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from sqlalchemy import ColumnElement, Connection, Double, cast, event, extract, func, literal
+from sqlalchemy import ColumnElement, Connection, Double, Table, cast, extract, func, literal
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, NotSupportedError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.pool import AsyncAdaptedQueuePool
 
 from mrsa_server import migrations
+from mrsa_server.runs import tables
+from mrsa_server.runs.lanes import Lane, Lanes
 from mrsa_server.runs.store_errors import SchemaMismatch, StoreUnavailable
+
+if TYPE_CHECKING:
+    from sqlalchemy.dialects import postgresql, sqlite
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+Transaction: TypeAlias = "AsyncConnection | Lane"
 
 _READERS = 4
 # How much longer to queue for a connection than for an answer: many before us may have one each, of milliseconds.
 _QUEUE = 3
 _CONNECTIONS = 8
+_BAD_DATA = "22"  # the class of Postgres' errors for what no column can hold
 _DRIVERS = {
-    "sqlite": "sqlite+aiosqlite",
-    "sqlite+aiosqlite": "sqlite+aiosqlite",
+    "sqlite": "sqlite",
+    "sqlite+aiosqlite": "sqlite",
     "postgres": "postgresql+asyncpg",
     "postgresql": "postgresql+asyncpg",
     "postgresql+asyncpg": "postgresql+asyncpg",
@@ -82,9 +90,11 @@ class Database:
         self._errors: tuple[type[Exception], ...] = (OSError, sqlite3.Error)
         try:
             if self.postgres:
+                from sqlalchemy.ext.asyncio import create_async_engine  # it brings the ORM along
+
                 driver = import_module("asyncpg")  # SQLAlchemy lets its errors through where it connects
                 self._errors = (OSError, driver.PostgresError, driver.InterfaceError)
-                self._writer = self._reader = create_async_engine(
+                self._engine = create_async_engine(
                     parsed,
                     hide_parameters=True,
                     pool_pre_ping=True,
@@ -93,8 +103,8 @@ class Database:
                     connect_args={"timeout": wait_s, "command_timeout": wait_s},
                 )
             else:
-                self._writer = _sqlite(parsed, 1, wait_s, writes=True)
-                self._reader = _sqlite(parsed, _READERS, wait_s, writes=False)
+                self._writer = Lanes(parsed, 1, writes=True, lock_s=wait_s, queue_s=_QUEUE * wait_s)
+                self._readers = Lanes(parsed, _READERS, writes=False, lock_s=wait_s, queue_s=_QUEUE * wait_s)
         except ModuleNotFoundError as error:
             raise StoreUnavailable(f"{error.name} is not installed: pip install 'mrsa-server[postgres]'") from error
 
@@ -105,24 +115,33 @@ class Database:
             return cast(extract("epoch", func.clock_timestamp()), Double)
         return literal(time.time(), Double)
 
+    @property
+    def insert(self) -> Callable[[Table], postgresql.Insert | sqlite.Insert]:
+        """An INSERT that may meet what is there already."""
+        module = import_module(f"sqlalchemy.dialects.{'postgresql' if self.postgres else 'sqlite'}")
+        found: Callable[[Table], postgresql.Insert | sqlite.Insert] = module.insert
+        return found
+
     @asynccontextmanager
-    async def writing(self) -> AsyncIterator[AsyncConnection]:
+    async def writing(self) -> AsyncIterator[Transaction]:
         """A transaction, committed at the block's end and undone where an error leaves it.
 
         Raises:
             StoreUnavailable: The database does not answer.
         """
-        async with self._translated(), self._writer.begin() as connection:
+        writing = self._engine.begin() if self.postgres else self._writer.transaction()
+        async with self._translated(), writing as connection:
             yield connection
 
     @asynccontextmanager
-    async def reading(self) -> AsyncIterator[AsyncConnection]:
+    async def reading(self) -> AsyncIterator[Transaction]:
         """A connection to read from.
 
         Raises:
             StoreUnavailable: The database does not answer.
         """
-        async with self._translated(), self._reader.connect() as connection:
+        reading = self._engine.connect() if self.postgres else self._readers.transaction()
+        async with self._translated(), reading as connection:
             yield connection
 
     @asynccontextmanager
@@ -136,7 +155,7 @@ class Database:
             StoreUnavailable: The database does not answer.
         """
         lost = asyncio.Event()
-        async with self._translated(), self._reader.connect() as connection:
+        async with self._translated(), self._engine.connect() as connection:
             driver: Any = (await connection.get_raw_connection()).driver_connection
             driver.add_termination_listener(lambda _: lost.set())
             for channel in heard:
@@ -194,8 +213,11 @@ class Database:
 
     async def aclose(self) -> None:
         """Close every connection."""
-        for engine in {self._writer, self._reader}:
-            await engine.dispose()
+        if self.postgres:
+            await self._engine.dispose()
+        else:
+            await self._writer.aclose()
+            await self._readers.aclose()
 
     @asynccontextmanager
     async def _translated(self) -> AsyncIterator[None]:
@@ -205,6 +227,8 @@ class Database:
         except (IntegrityError, ProgrammingError, DataError, NotSupportedError):
             raise
         except DBAPIError as error:
+            if str(getattr(error.orig, "sqlstate", "")).startswith(_BAD_DATA):
+                raise  # to repeat it changes nothing
             raise StoreUnavailable(str(error.orig)) from error
         except PoolTimeout as error:
             raise StoreUnavailable("no connection came free in time") from error
@@ -217,14 +241,17 @@ class Database:
 def _upgrade(connection: Connection) -> None:
     current = migrations.current(connection)
     _check(current, exact=False)
-    if current != migrations.head():
+    if current is None and connection.dialect.name == "sqlite":
+        tables.metadata.create_all(connection)  # as Alembic would make them, which takes 8 MB more
+        migrations.stamp(connection)
+    elif current != migrations.HEAD:
         migrations.upgrade(connection)
 
 
 def _check(current: str | None, *, exact: bool) -> None:
     known = migrations.knows(current)
-    if not known or (exact and current != migrations.head()):
-        raise SchemaMismatch(current, migrations.head(), known)
+    if not known or (exact and current != migrations.HEAD):
+        raise SchemaMismatch(current, migrations.HEAD, known)
 
 
 def _write_ahead(path: Path, wait_s: float) -> None:
@@ -243,31 +270,3 @@ def _write_ahead(path: Path, wait_s: float) -> None:
             if time.monotonic() > until:
                 raise
         time.sleep(0.02)
-
-
-def _sqlite(url: URL, connections: int, wait_s: float, *, writes: bool) -> AsyncEngine:
-    engine = create_async_engine(
-        url,
-        hide_parameters=True,
-        poolclass=AsyncAdaptedQueuePool,
-        pool_size=connections,
-        max_overflow=0,
-        pool_timeout=_QUEUE * wait_s,
-        connect_args={"timeout": wait_s},
-    )
-
-    @event.listens_for(engine.sync_engine, "connect")
-    def _connected(connection: Any, _: object) -> None:
-        connection.isolation_level = None  # transactions are begun below, and not by the driver when it sees fit
-        cursor = connection.cursor()
-        for pragma in ("synchronous=FULL", "foreign_keys=ON") if writes else ("query_only=ON",):
-            cursor.execute(f"PRAGMA {pragma}")
-        cursor.close()
-
-    if writes:
-
-        @event.listens_for(engine.sync_engine, "begin")
-        def _begun(connection: Connection) -> None:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-    return engine

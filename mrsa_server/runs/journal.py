@@ -18,7 +18,7 @@ import structlog
 
 from harness.events import Event
 from mrsa_server.runs.record import Ended, NewRun, StoredStatus
-from mrsa_server.runs.store_errors import Fenced, StoreUnavailable
+from mrsa_server.runs.store_errors import Fenced, KeyTaken, RunExists, StoreUnavailable
 
 if TYPE_CHECKING:  # a server without a store loads no database
     from mrsa_server.runs.store import Claim, RunStore
@@ -102,6 +102,9 @@ class Journal:
 
     Args:
         store: Where they are.
+
+    Attributes:
+        undoing: Forgets runs that were given up while they were stored.
     """
 
     def __init__(self, store: RunStore) -> None:
@@ -109,6 +112,7 @@ class Journal:
         self._books: dict[Claim, Book] = {}
         self._waiting: deque[_Waiting] = deque()
         self._writer: asyncio.Task[None] | None = None
+        self.undoing: set[asyncio.Task[None]] = set()
         self._renewed_at = time.time()  # the clock of SQLite's leases, which knows when the machine was asleep
         self._claims_from = 0.0
         store.hear_cancels(self._cancel)
@@ -169,8 +173,32 @@ class Journal:
         Raises:
             KeyTaken, RunExists: As the store.
         """
-        claim = await patiently(lambda: self.store.create(record, events))
+        attempt: asyncio.Task[Claim] | None = None
+
+        def create() -> Awaitable[Claim]:
+            nonlocal attempt
+            attempt = asyncio.create_task(self.store.create(record, events))
+            return asyncio.shield(attempt)
+
+        try:
+            claim = await patiently(create)
+        except asyncio.CancelledError:
+            if attempt is not None:
+                undoing = asyncio.create_task(self._undo(record.run_id, attempt), name=f"undo run {record.run_id}")
+                self.undoing.add(undoing)
+                undoing.add_done_callback(self.undoing.discard)
+            raise
         return self.take(claim, lost, cancelled)
+
+    async def _undo(self, run_id: str, attempt: asyncio.Task[Claim]) -> None:
+        """Forget a run that was given up before anybody knew of it: a row without an owner would be taken up."""
+        await asyncio.wait((attempt,))
+        if not attempt.cancelled() and isinstance(attempt.exception(), KeyTaken | RunExists):
+            return
+        try:
+            await self.store.delete(run_id)
+        except StoreUnavailable as error:
+            log.warning("run that was given up may be taken up", run_id=run_id, reason=str(error))
 
     def take(self, claim: Claim, lost: Callable[[], None], cancelled: Callable[[], None]) -> Book:
         """Go on with a run that was claimed."""
@@ -214,12 +242,13 @@ class Journal:
             if book.claim.run_id == run_id:
                 book.cancel()
 
-    async def claim_lost(self, limit: int, models: Collection[str]) -> list[Claim]:
+    async def claim_lost(self, limit: int, models: Collection[str], of_batches: int | None = None) -> list[Claim]:
         """Take runs that were left behind; none for a lease's time after one in which leases could not be renewed.
 
         Args:
             limit: As the store.
             models: Likewise.
+            of_batches: Likewise.
 
         Raises:
             StoreUnavailable: As the store.
@@ -228,7 +257,7 @@ class Journal:
             await self.renew()  # or it would take its own runs
         if time.time() < self._claims_from:
             return []
-        return await self.store.claim_lost(limit, models)
+        return await self.store.claim_lost(limit, models, of_batches)
 
     def _renewed_within(self, share: float) -> bool:
         return 0 <= time.time() - self._renewed_at < share * self.store.lease_s

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 RunKind = Literal["chat.completion", "response"]
 Ended = Literal["finished", "stopped", "failed", "cancelled", "refused"]
 StoredStatus = Literal["queued", "running", "finished", "stopped", "failed", "cancelled", "refused"]
+BatchStatus = Literal[
+    "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
+]
+FilePurpose = Literal["batch", "batch_output"]
+BATCH_ENDED: tuple[BatchStatus, ...] = ("failed", "completed", "expired", "cancelled")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +33,9 @@ class NewRun:
         idempotency_key: The client's, no two runs have the same.
         body_digest: Tells whether a request with the same key is the same request.
         metadata: The client's.
+        batch_id: Of which batch it is a line; None for none.
+        batch_line: Which, from 1 on.
+        custom_id: Its name in the batch, the client's.
     """
 
     run_id: str
@@ -42,3 +50,18 @@ class NewRun:
     idempotency_key: str | None = None
     body_digest: bytes = field(default=b"", repr=False)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    batch_id: str | None = None
+    batch_line: int | None = None
+    custom_id: str | None = None
+
+
+class Spent(NamedTuple):
+    """Tokens of a batch's answers."""
+
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    reasoning_tokens: int = 0
+
+    def __add__(self, other: Spent) -> Spent:  # type: ignore[override]  # a sum, where tuples would be joined
+        return Spent(*(one + two for one, two in zip(self, other, strict=True)))

@@ -58,7 +58,7 @@ from mrsa_server.engines.build import ServedEngine
 from mrsa_server.metrics import Metrics, RunStatus
 from mrsa_server.runs.admission import Admission
 from mrsa_server.runs.codec import Undecodable
-from mrsa_server.runs.host import EngineHost, Health
+from mrsa_server.runs.host import EngineHost
 from mrsa_server.runs.journal import Book, Journal
 from mrsa_server.runs.record import NewRun
 from mrsa_server.runs.store_errors import Fenced, KeyTaken, StoreUnavailable
@@ -73,7 +73,7 @@ _FIRST_PAUSE_S = 0.05
 _MEASURED_TOKENS = 512
 _CLOSING_S = 5.0  # for the last words of runs, when the server leaves; their leases end by themselves
 _LOOK_S = 1.0  # between looks for runs that were left behind
-_COUNT_S = 5.0  # between looks at how many wait for an engine that is away
+_TOGETHER_S = 0.05  # in which places of batches that come free are filled together
 _TAKEN_AT_ONCE = 64  # runs that were left behind; others that share the store may have room too
 # What a server answers to a request that would be refused the next time too.
 _REFUSALS = frozenset({400, 413, 422})
@@ -228,6 +228,7 @@ class Run:
         book: Its log; None where nothing is written down.
         detached: Whether it goes on without a reader, and waits for its engine: one in the background, or one that was
             taken up from its log.
+        batch: Whether it is a line of a batch: it has places of its own, and yields to all others.
         stored: Set once it is in the store, and at its end.
         ended_at: Unix seconds, of one that is told again from its log.
     """
@@ -243,6 +244,7 @@ class Run:
     task: asyncio.Task[None] | None = field(default=None, repr=False)
     book: Book | None = field(default=None, repr=False)
     detached: bool = False
+    batch: bool = False
     stored: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
     ended_at: float | None = None
     clocks: dict[int, _Clock] = field(default_factory=dict)
@@ -370,6 +372,7 @@ class Runner:
         max_runs: int,
         max_queued: int,
         engine_wait_s: float,
+        max_batch_runs: int = 256,
         journal: Journal | None = None,
     ) -> None:
         self.host = host
@@ -380,11 +383,14 @@ class Runner:
         self._metrics = metrics
         self._max_runs = max_runs
         self._max_queued = max_queued
+        self._max_batch_runs = max_batch_runs
         self._engine_wait_s = engine_wait_s
         self._journal = journal
         self._closing: set[asyncio.Task[None]] = set()  # books of runs that have ended
         self._places = asyncio.Semaphore(max_runs)
         self._runs: set[Run] = set()
+        self._batch_runs = 0  # of those
+        self._woken = asyncio.Event()  # there may be runs to take up, and room for them
         self._priority = 0
         self._judge = MathJudge()
 
@@ -414,7 +420,7 @@ class Runner:
         if self.draining:
             self._metrics.count_rejection("shutting_down")
             raise ShuttingDown
-        alive = len(self._runs)
+        alive = len(self._runs) - self._batch_runs
         if alive >= self._max_runs + self._max_queued:
             self._metrics.count_rejection("overloaded")
             raise Overloaded(self._max_runs, alive - self._max_runs)
@@ -427,6 +433,7 @@ class Runner:
 
     def _let_go(self, run: Run, life: Callable[[], Awaitable[None]]) -> None:
         self._runs.add(run)
+        self._batch_runs += run.batch
         run.task = asyncio.create_task(self._own(run, life), name=f"run {run.id}")
         run.task.add_done_callback(lambda _: self._forget(run))
 
@@ -445,34 +452,35 @@ class Runner:
             models: Those whose runs can go on here, as clients name them; None while they are not known.
             revive: How those are prepared that have not begun.
         """
-        await self._watch_left_behind(journal)  # one without an engine leaves them to others
         while not self.draining:
-            room = self._max_runs - len(self._runs)
+            room = min(_TAKEN_AT_ONCE, self._max_runs - (len(self._runs) - self._batch_runs))
+            of_batches = min(_TAKEN_AT_ONCE, self._max_batch_runs - self._batch_runs)
+            # One without an engine leaves them to others; but to end those that are to be ended takes none.
+            served = (models() or ()) if self.host.up else ()
             claims: list[Claim] = []
             try:
-                claims = await journal.claim_lost(min(_TAKEN_AT_ONCE, room), models() or ()) if room > 0 else []
+                # An engine that is asleep has to be woken for them too.
+                self._metrics.left_behind.set(0 if self.host.up else await journal.store.count_lost())
+                claims = await journal.claim_lost(max(0, room), served, max(0, of_batches))
                 for claim in claims:
                     await self._take_up(journal, claim, templates, revive)
             except StoreUnavailable as error:
                 log.warning("store is away", reason=str(error))
             if len(claims) < _TAKEN_AT_ONCE:
-                await asyncio.sleep(min(journal.store.lease_s / 2, _LOOK_S))
+                await self._rest(min(journal.store.lease_s / 2, _LOOK_S))
 
-    async def _watch_left_behind(self, journal: Journal) -> None:
-        """Count them for as long as the engine is away: an engine that is asleep has to be woken for them too."""
-        while True:
-            try:
-                self._metrics.left_behind.set(await journal.store.count_lost())
-            except StoreUnavailable as error:
-                log.warning("store is away", reason=str(error))
-            try:
-                await self.host.wait_up(_COUNT_S)
-            except EngineUnavailable:
-                if self.host.health is Health.FAILED:
-                    raise
-            else:
-                self._metrics.left_behind.set(0)
-                return
+    def wake(self) -> None:
+        """There may be runs to take up, or room for more of them."""
+        self._woken.set()
+
+    async def _rest(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._woken.wait()
+                await asyncio.sleep(_TOGETHER_S)
+        except TimeoutError:
+            pass
+        self._woken.clear()
 
     async def _take_up(self, journal: Journal, claim: Claim, templates: Templates, revive: Revive) -> None:
         record = await journal.store.get(claim.run_id)
@@ -480,7 +488,8 @@ class Runner:
             return
         unix_to_loop = asyncio.get_running_loop().time() - time.time()
         # Another server's clock may be ahead of this one's.
-        run = Run(claim.run_id, min(record.created_at, time.time()) + unix_to_loop, detached=True)
+        begun = min(record.created_at, time.time()) + unix_to_loop
+        run = Run(claim.run_id, begun, detached=True, batch=record.batch_id is not None)
         if record.deadline_at is not None:
             run.deadline = record.deadline_at + unix_to_loop
         run.book = journal.take(claim, *_ends(run))
@@ -493,7 +502,11 @@ class Runner:
         self, run: Run, book: Book, journal: Journal, templates: Templates, revive: Callable[[], Prepare]
     ) -> None:
         """The further life of a run that was left behind."""
-        events = [stored.event for stored in await journal.store.events(run.id)]
+        log_so_far = await journal.store.events(run.id)
+        events = [stored.event for stored in log_so_far]
+        if run.batch:  # its time begins with its turn: a batch may take a day
+            waited_s = time.time() - log_so_far[0].at if log_so_far else 0.0
+            run.begun = asyncio.get_running_loop().time() - max(0.0, waited_s)
         if events:
             try:
                 run.state = replay(events, templates)
@@ -501,17 +514,30 @@ class Runner:
                 raise ApiError(500, "run_lost", f"The run cannot go on: {error}.", headers=NO_RETRY) from None
         else:
             async with _in_time(run):
+                await asyncio.sleep(0)  # one that comes too late may be of a model that is not served here
                 run.state = (await self._prepare(revive(), run)).state
                 await book.write([run.state.started])
         log.info("run is taken up", run_id=run.id, events=len(events), rollouts=len(run.state.rollouts))
         if run.state.outcome is not None:
             return
-        await self._enter()
+        if run.batch and run.state.params.deadline_s is not None:
+            run.deadline = run.begun + run.state.params.deadline_s
+        clock = asyncio.get_running_loop().time
+        entered = False
         try:
-            await self.host.wait_up(None)
+            try:
+                async with asyncio.timeout_at(run.deadline) as until:
+                    await self._enter(run)
+                    entered = True
+                    await self.host.wait_up(None)
+            except TimeoutError:
+                if not until.expired():
+                    raise
+                await self._end_at_deadline(run, sum(run.state.running.values()), clock())
             await self._drive(run, Watch.NONE)
         finally:
-            self._leave()
+            if entered:
+                self._leave(run)
 
     def _close(self, run: Run, status: RunStatus) -> None:
         """Write down how a run ended, or leave it to others, behind the back of those who wait for its answer."""
@@ -551,8 +577,9 @@ class Runner:
         for run in runs:
             run.cancel(ShuttingDown())
         await asyncio.gather(*(run.task for run in runs if run.task is not None), return_exceptions=True)
-        if self._closing:
-            await asyncio.wait(self._closing, timeout=_CLOSING_S)
+        last_words = self._closing | (set() if self._journal is None else self._journal.undoing)
+        if last_words:
+            await asyncio.wait(last_words, timeout=_CLOSING_S)
         self.left.set()
 
     async def _own(self, run: Run, life: Callable[[], Awaitable[None]]) -> None:
@@ -581,20 +608,18 @@ class Runner:
     async def _begin(self, run: Run, prepare: Prepare, record: NewRun | None) -> None:
         """The life of a run that was submitted."""
         async with _in_time(run):
-            if record is not None and record.background and not self.host.up:
-                await self._write_down(run, record)  # its engine may take long: whoever asked is told that it waits
-            prepared = await self._prepare(prepare, run)
+            prepared = await self._prepare(prepare, run, record)
             if run.book is not None:
                 await run.book.write([prepared.state.started])
             elif record is not None:
                 await self._write_down(run, record, prepared.state.started)
             run.state = prepared.state
             run.publish(prepared)
-            await self._enter()
+            await self._enter(run)
         try:
             await self._drive(run, prepared.watch)
         finally:
-            self._leave()
+            self._leave(run)
 
     async def _write_down(self, run: Run, record: NewRun, *events: Event) -> None:
         """From here on the run outlives this server."""
@@ -609,23 +634,33 @@ class Runner:
     def _forget(self, run: Run) -> None:
         """Let go of a run whose task has ended, even if it was cancelled before its first step."""
         self._runs.discard(run)
+        if run.batch:
+            self._batch_runs -= 1
+            self.wake()
         run.end()
 
-    async def _enter(self) -> None:
-        """Wait for one of `max_runs` places, first come, first served; `_leave` gives it back."""
+    async def _enter(self, run: Run) -> None:
+        """Wait for one of `max_runs` places, first come, first served; `_leave` gives it back.
+
+        A run of a batch is taken up where it has one already.
+        """
         self._metrics.queued.inc()
         try:
-            await self._places.acquire()
+            if not run.batch:
+                await self._places.acquire()
         finally:
             self._metrics.queued.dec()
         self._metrics.running.inc()
 
-    def _leave(self) -> None:
+    def _leave(self, run: Run) -> None:
         self._metrics.running.dec()
-        self._places.release()
+        if not run.batch:
+            self._places.release()
 
-    async def _prepare(self, prepare: Prepare, run: Run) -> Prepared:
+    async def _prepare(self, prepare: Prepare, run: Run, record: NewRun | None = None) -> Prepared:
         for deaths in range(_MOST_DEATHS):
+            if record is not None and record.background and run.book is None and not self.host.up:
+                await self._write_down(run, record)  # its engine may take long: whoever asked is told that it waits
             if not self.host.up:
                 with self._metrics.queued.track_inprogress():
                     await self.host.wait_up(None if run.detached else self._engine_wait_s)
@@ -647,7 +682,7 @@ class Runner:
         assert run.state is not None
         params = run.state.params
         plain = not params.rounds and params.population == 1
-        engine = self._admission.through(self.host.engine, run.begun, plain=plain)
+        engine = self._admission.through(self.host.engine, run.begun, plain=plain, batch=run.batch)
         lost_tokens: int | None = None
         deaths, ended = 0, 0
         while True:

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import wraps
-from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, Protocol, TypeVar
+from typing import Any, NamedTuple
 
 import structlog
 from sqlalchemy import (
@@ -39,17 +37,17 @@ from sqlalchemy import (
     tuple_,
     update,
 )
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from harness.events import Event, RolloutFinished
 from harness.types import Slot, Trace
 from mrsa_server.runs import codec, tables
 from mrsa_server.runs.bells import Bells, Progress
-from mrsa_server.runs.database import Database
-from mrsa_server.runs.record import Ended, NewRun, RunKind, StoredStatus
-from mrsa_server.runs.store_errors import Fenced, KeyTaken, NoSuchRun, RunExists, StoreError, StoreUnavailable
+from mrsa_server.runs.database import Database, Transaction
+from mrsa_server.runs.record import BATCH_ENDED, Ended, NewRun, RunKind, StoredStatus
+from mrsa_server.runs.store_errors import Fenced, KeyTaken, NoSuchRun, RunExists, StoreError
+from mrsa_server.runs.transactions import Observer, Transactions
+from mrsa_server.runs.transactions import whole as _whole
 
 _CHANNEL = "mrsa_runs"
 _CANCELS = "mrsa_cancels"
@@ -61,10 +59,6 @@ _FORGOTTEN = 400  # events of the runs in one transaction that deletes: with tra
 _BREATH_S = 0.02  # between such transactions, for writers in other processes, who ask now and then
 
 log = structlog.get_logger("mrsa.store")
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
-_Method = Callable[Concatenate["RunStore", _P], Coroutine[Any, Any, _T]]
-Operation = Literal["write", "read", "renew", "claim", "prune", "other"]
 _runs = tables.runs.c
 _UNFINISHED = _runs.ended_at.is_(None)
 _GOING = ("queued", "running")
@@ -148,6 +142,7 @@ class RunSummary:
         last: The number of its last event.
         owner: Who holds it; None for nobody.
         cancel_requested: Whether its owner is to end it.
+        batch_id: As of `NewRun`, likewise the two after it.
     """
 
     run_id: str
@@ -165,6 +160,9 @@ class RunSummary:
     last: int
     owner: str | None
     cancel_requested: bool
+    batch_id: str | None
+    batch_line: int | None
+    custom_id: str | None
 
     @property
     def cursor(self) -> Cursor:
@@ -196,6 +194,7 @@ class RunFilter:
     status: Collection[StoredStatus] = ()
     model: str | None = None
     kind: RunKind | None = None
+    batch_id: str | None = None
     since: float | None = None
     until: float | None = None
 
@@ -209,54 +208,6 @@ class Stored:
     event: Event
 
 
-class Observer(Protocol):
-    """Is told what a store does."""
-
-    def store_call(self, operation: Operation, seconds: float) -> None:
-        """A call has ended, well or not; the wait for a connection is in it."""
-        ...
-
-    def takeovers(self, runs: int) -> None:
-        """Runs of a lost owner were taken."""
-        ...
-
-    def fenced(self, writes: int) -> None:
-        """Writes were refused, since others have their runs."""
-        ...
-
-
-def _whole(operation: Operation) -> Callable[[_Method[_P, _T]], _Method[_P, _T]]:
-    """Let a transaction go on to its end when the one who waits for it is cancelled.
-
-    A driver that is cancelled may give up its connection as it is: with SQLite, in the middle of a transaction, whose
-    lock kept every writer out until the garbage was collected.
-
-    Args:
-        operation: What its seconds are counted for.
-    """
-
-    def decorate(method: _Method[_P, _T]) -> _Method[_P, _T]:
-        @wraps(method)
-        async def run(store: RunStore, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-            if store._closed:
-                raise StoreUnavailable("it was closed")
-            began = time.perf_counter()
-
-            def ended(task: asyncio.Task[Any]) -> None:
-                store._running.discard(task)
-                if store.observer is not None:
-                    store.observer.store_call(operation, time.perf_counter() - began)
-
-            task = asyncio.create_task(method(store, *args, **kwargs))
-            store._running.add(task)
-            task.add_done_callback(ended)
-            return await asyncio.shield(task)
-
-        return run
-
-    return decorate
-
-
 class RunStore:
     """One owner's way to the stored runs.
 
@@ -266,9 +217,6 @@ class RunStore:
         lease_s: Seconds that a claim holds without `renew` or `append`.
         keep_traces: Whether traces are stored at all.
         wait_s: Seconds to wait for a lock, a connection or an answer of the database.
-
-    Attributes:
-        observer: Is told what is done here.
 
     Raises:
         ValueError: The URL is for no database that is known here.
@@ -286,13 +234,25 @@ class RunStore:
         self.owner = owner
         self.lease_s = lease_s
         self._keep_traces = keep_traces
-        self.observer: Observer | None = None
         self._database = Database(url, wait_s)
         self._bells = Bells(self._look, _POLL_S)
         self._listener: asyncio.Task[None] | None = None
         self._cancelled: Callable[[str], None] = lambda run_id: None
-        self._running: set[asyncio.Task[Any]] = set()  # transactions
-        self._closed = False
+        self.transactions = Transactions()
+
+    @property
+    def observer(self) -> Observer | None:
+        """Is told what is done here."""
+        return self.transactions.observer
+
+    @observer.setter
+    def observer(self, observer: Observer | None) -> None:
+        self.transactions.observer = observer
+
+    @property
+    def database(self) -> Database:
+        """Where the runs are."""
+        return self._database
 
     @property
     def name(self) -> str:
@@ -324,18 +284,14 @@ class RunStore:
 
         Whoever waits or comes later is told that the store is not available.
         """
-        self._closed = True
-        await self._settle()
+        self.transactions.closed = True
+        await self.transactions.settle()
         if self._listener is not None:
             self._listener.cancel()
             await asyncio.wait((self._listener,))
         await self._bells.aclose()
-        await self._settle()
+        await self.transactions.settle()
         await self._database.aclose()
-
-    async def _settle(self) -> None:
-        if self._running:
-            await asyncio.wait(self._running)
 
     # Writing: an owner's side.
 
@@ -349,29 +305,16 @@ class RunStore:
             StoreUnavailable: Nobody knows whether it is stored; the same again is safe.
         """
         (rows,) = await _rows([events], keep_traces=self._keep_traces)
-        values = {
-            "run_id": record.run_id,
-            "kind": record.kind,
+        values = row_of(record) | {
             "status": "running" if events else "queued",
-            "model": record.model,
-            "effort": record.effort,
-            "priority": record.priority,
-            "background": record.background,
-            "created_at": record.created_at,
-            "deadline_at": record.deadline_at,
-            "idempotency_key": record.idempotency_key,
-            "body_digest": record.body_digest,
-            "body": codec.deflate(record.body),
-            "metadata": json.dumps(dict(record.metadata)),
             "events": len(events),
             "owner": self.owner,
             "fence": 1,
-            "cancel_requested": False,
         }
         try:
             async with self._database.writing() as connection:
                 now = self._database.now
-                make = postgresql.insert if self._database.postgres else sqlite.insert
+                make = self._database.insert
                 made = (
                     await connection.execute(
                         make(tables.runs)
@@ -554,44 +497,48 @@ class RunStore:
             )
 
     @_whole("claim")
-    async def claim_lost(self, limit: int, models: Collection[str]) -> list[Claim]:
-        """Take unfinished runs whose lease is over, the oldest first.
+    async def claim_lost(self, limit: int, models: Collection[str], of_batches: int | None = None) -> list[Claim]:
+        """Take unfinished runs whose lease is over.
 
         Args:
-            limit: Most runs.
-            models: Those that are served here. A run that is to be cancelled may be of any.
+            limit: Most of those for whom somebody waits. They come first, the oldest first.
+            models: Those that are served here. A run that is to be cancelled, or whose time is over, may be of any.
+            of_batches: Most of the others, which are lines of batches; None for what is left of `limit`.
 
         Raises:
             StoreUnavailable: The database does not answer.
         """
         now = self._database.now
-        lost = (
-            select(_runs.run_id)
-            .where(_UNFINISHED, _runs.lease_until < now, or_(_runs.model.in_(models), _runs.cancel_requested))
-            .order_by(_runs.created_at, _runs.run_id)
-            .limit(limit)
-        )
+        ours = or_(_runs.model.in_(models), _runs.cancel_requested, _runs.deadline_at < now)
+        lost = select(_runs.run_id).where(_UNFINISHED, _runs.lease_until < now, ours)
+        alone = lost.where(_runs.batch_id.is_(None)).order_by(_runs.created_at, _runs.run_id)
+        batched = lost.where(_runs.batch_id.is_not(None)).order_by(_runs.batch_id, _runs.batch_line)
+        found: list[Claim] = []
+        if limit > 0:
+            found += await self._claim(alone.limit(limit))
+        left = limit - len(found) if of_batches is None else of_batches
+        if left > 0:
+            found += await self._claim(batched.limit(left))
+        if self.observer is not None and (lost_before := sum(claim.fence > 1 for claim in found)):
+            self.observer.takeovers(lost_before)  # the others are lines that nobody has had yet
+        return found
+
+    async def _claim(self, which: Select[tuple[str]]) -> list[Claim]:
+        """Take these runs, in their order."""
         async with self._database.reading() as connection:  # every server looks every second: without a lock
-            if (await connection.execute(lost)).first() is None:
+            if (await connection.execute(which)).first() is None:
                 return []
-        lost = lost.with_for_update(skip_locked=True)
         async with self._database.writing() as connection:
-            if self._database.postgres:
-                # Read once, before the update: a subquery may be run anew for each row, and then take other rows.
-                chosen = list((await connection.execute(lost)).scalars())
-                where: ColumnElement[bool] = _runs.run_id.in_(chosen)
-            else:
-                where = _runs.run_id.in_(lost)
-            found = await connection.execute(
+            # Read once, before the update: a subquery may be run anew for each row, and then take other rows.
+            chosen = list((await connection.execute(which.with_for_update(skip_locked=True))).scalars())
+            taken = await connection.execute(
                 update(tables.runs)
-                .where(where)
-                .values(owner=self.owner, fence=_runs.fence + 1, lease_until=now + self.lease_s)
-                .returning(_runs.run_id, _runs.fence, _runs.events, _runs.created_at)
+                .where(_runs.run_id.in_(chosen))
+                .values(owner=self.owner, fence=_runs.fence + 1, lease_until=self._database.now + self.lease_s)
+                .returning(_runs.run_id, _runs.fence, _runs.events)
             )
-            rows = sorted(found, key=lambda row: (row.created_at, row.run_id))
-        if self.observer is not None and rows:
-            self.observer.takeovers(len(rows))
-        return [Claim(row.run_id, row.fence, row.events) for row in rows]
+            claims = {row.run_id: Claim(row.run_id, row.fence, row.events) for row in taken}
+        return [claims[run_id] for run_id in chosen]
 
     @_whole("read")
     async def count_lost(self) -> int:
@@ -723,6 +670,8 @@ class RunStore:
             query = query.where(_runs.model == which.model)
         if which.kind is not None:
             query = query.where(_runs.kind == which.kind)
+        if which.batch_id is not None:
+            query = query.where(_runs.batch_id == which.batch_id)
         if which.since is not None:
             query = query.where(_runs.created_at >= which.since)
         if which.until is not None:
@@ -733,6 +682,17 @@ class RunStore:
             query = query.where(or_(older, twin))
         async with self._database.reading() as connection:
             return [RunSummary(**_summary(row)) for row in await connection.execute(query.limit(limit))]
+
+    @_whole("read")
+    async def runs_of_batch(self, batch_id: str, after: int = 0, limit: int = 50) -> list[StoredRun]:
+        """Runs of a batch, whole, by their lines from `after` on; fewer than `limit` are the last.
+
+        Raises:
+            StoreUnavailable: The database does not answer.
+        """
+        query = select(*_WHOLE).where(_runs.batch_id == batch_id, _runs.batch_line > after)
+        async with self._database.reading() as connection:
+            return [_stored(row) for row in await connection.execute(query.order_by(_runs.batch_line).limit(limit))]
 
     @_whole("read")
     async def events(self, run_id: str, after: int = 0, limit: int | None = None) -> list[Stored]:
@@ -818,7 +778,7 @@ class RunStore:
         async with self._database.writing() as connection:
             return (await connection.execute(statement)).rowcount
 
-    async def _notify(self, connection: AsyncConnection, *run_ids: str, channel: str = _CHANNEL) -> None:
+    async def _notify(self, connection: Transaction, *run_ids: str, channel: str = _CHANNEL) -> None:
         if self._database.postgres:  # heard once the transaction is committed, and not if it is undone
             await connection.execute(
                 text("SELECT pg_notify(:channel, :run_id)"),
@@ -850,18 +810,9 @@ class RunStore:
 
     @_whole("read")
     async def _one(self, which: ColumnElement[bool]) -> StoredRun | None:
-        names = (*_SUMMARY, "body", "body_digest", "result", "error")
         async with self._database.reading() as connection:
-            row = (await connection.execute(select(*(_runs[name] for name in names)).where(which))).first()
-        if row is None:
-            return None
-        return StoredRun(
-            **_summary(row),
-            body=codec.inflate(row.body),
-            body_digest=row.body_digest,
-            result=None if row.result is None else codec.inflate(row.result),
-            error=None if row.error is None else codec.inflate(row.error),
-        )
+            row = (await connection.execute(select(*_WHOLE).where(which))).first()
+        return None if row is None else _stored(row)
 
     @_whole("read")
     async def _is_ours(self, run_id: str) -> bool:
@@ -873,9 +824,12 @@ class RunStore:
     async def _ended_before(self, seconds: float, *which: ColumnElement[bool]) -> AsyncIterator[list[str]]:
         """Runs that have ended so long ago, a few at a time, each once."""
         place = tuple_(_runs.ended_at, _runs.run_id)
+        ended = select(tables.batches.c.batch_id).where(tables.batches.c.status.in_(BATCH_ENDED))
+        # What a batch is still to answer with is kept until it has.
+        answered = or_(_runs.batch_id.is_(None), _runs.batch_id.in_(ended))
         query = (
             select(_runs.run_id, _runs.ended_at, _runs.events)
-            .where(_runs.ended_at < self._database.now - seconds, *which)
+            .where(_runs.ended_at < self._database.now - seconds, answered, *which)
             .order_by(_runs.ended_at, _runs.run_id)
             .limit(_BATCH)
         )
@@ -916,12 +870,50 @@ _SUMMARY = (
     "events",
     "owner",
     "cancel_requested",
+    "batch_id",
+    "batch_line",
+    "custom_id",
 )
 
 
 def _summary(row: Row[Any]) -> dict[str, Any]:
     found = {name: value for name, value in row._mapping.items() if name in _SUMMARY}
     return found | {"metadata": json.loads(found["metadata"]), "last": found.pop("events")}
+
+
+_WHOLE = tuple(_runs[name] for name in (*_SUMMARY, "body", "body_digest", "result", "error"))
+
+
+def _stored(row: Row[Any]) -> StoredRun:
+    return StoredRun(
+        **_summary(row),
+        body=codec.inflate(row.body),
+        body_digest=row.body_digest,
+        result=None if row.result is None else codec.inflate(row.result),
+        error=None if row.error is None else codec.inflate(row.error),
+    )
+
+
+def row_of(record: NewRun) -> dict[str, object]:
+    """The columns of a run that is to be stored; who has it and how far it is are the caller's."""
+    return {
+        "run_id": record.run_id,
+        "kind": record.kind,
+        "model": record.model,
+        "effort": record.effort,
+        "priority": record.priority,
+        "background": record.background,
+        "created_at": record.created_at,
+        "deadline_at": record.deadline_at,
+        "idempotency_key": record.idempotency_key,
+        "body_digest": record.body_digest,
+        "body": codec.deflate(record.body),
+        "metadata": json.dumps(dict(record.metadata)),
+        "cancel_requested": False,
+        "batch_id": record.batch_id,
+        "batch_line": record.batch_line,
+        "custom_id": record.custom_id,
+    }
 
 
 class _Rows(NamedTuple):
@@ -938,9 +930,7 @@ def _event_rows(run_id: str, after: int, at: float, rows: _Rows) -> list[dict[st
     ]
 
 
-async def _insert(
-    connection: AsyncConnection, events: list[dict[str, object]], traces: list[dict[str, object]]
-) -> None:
+async def _insert(connection: Transaction, events: list[dict[str, object]], traces: list[dict[str, object]]) -> None:
     if events:
         await connection.execute(insert(tables.events), events)
     if traces:

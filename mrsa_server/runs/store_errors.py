@@ -7,6 +7,8 @@ StoreError
     KeyTaken          the idempotency key stands for another run; carries its id and the digest of its body
     RunExists         a run of this id is there already
     NoSuchRun         there is no run of this id, or it was deleted
+    NoSuchFile        the same of a file
+    BatchLost         a batch is kept by another server by now, or has come further
 """
 
 from __future__ import annotations
@@ -68,3 +70,20 @@ class NoSuchRun(StoreError):
     def __init__(self, run_id: str) -> None:
         super().__init__(f"There is no run {run_id}.")
         self.run_id = run_id
+
+
+class NoSuchFile(StoreError):
+    """There is no file of this id, or it was deleted."""
+
+    def __init__(self, file_id: str) -> None:
+        super().__init__(f"There is no file {file_id}.")
+        self.file_id = file_id
+
+
+class BatchLost(StoreError):
+    """Another server keeps the batch by now, or somebody has cancelled it; nothing was written."""
+
+    def __init__(self, batch_id: str, fence: int) -> None:
+        super().__init__(f"Batch {batch_id} is kept under another fence than {fence}, or is not where it was.")
+        self.batch_id = batch_id
+        self.fence = fence

@@ -59,8 +59,8 @@ class RoundRobin(Admission):
 
     _turns = itertools.count()
 
-    def through(self, engine: Engine, arrival_s: float, *, plain: bool = False) -> AdmittedEngine:
-        return super().through(engine, next(self._turns), plain=plain)
+    def through(self, engine: Engine, arrival_s: float, *, plain: bool = False, batch: bool = False) -> AdmittedEngine:
+        return super().through(engine, next(self._turns), plain=plain, batch=batch)
 
     def _charge(self, hold: Hold, tokens: float) -> None:
         if not hold.ageing_s:  # its first time: it is let in

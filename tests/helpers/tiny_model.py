@@ -16,21 +16,11 @@ def write_tiny_model(folder: Path, text: str | None = None) -> None:
         text: What its tokenizer is trained on, ASCII alone; the README where None.
     """
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    text = (ROOT / "README.md").read_text() if text is None else text
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=2048, show_progress=False)
-    tokenizer.train_from_iterator(["".join(filter(str.isascii, text))], trainer)
-    words = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=CONTEXT_TOKENS)
-    words.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
-    words.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(words),
+        vocab_size=write_tokenizer(folder, text),
         hidden_size=64,  # vLLM's CPU attention takes no smaller head
         intermediate_size=64,
         num_hidden_layers=1,
@@ -43,3 +33,20 @@ def write_tiny_model(folder: Path, text: str | None = None) -> None:
         pad_token_id=None,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def write_tokenizer(folder: Path, text: str | None = None) -> int:
+    """The tokenizer of the above, with a chat template of one line a message; how many tokens it has."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    text = (ROOT / "README.md").read_text() if text is None else text
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=2048, show_progress=False)
+    tokenizer.train_from_iterator(["".join(filter(str.isascii, text))], trainer)
+    words = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=CONTEXT_TOKENS)
+    words.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    words.save_pretrained(folder)
+    return len(words)

@@ -71,6 +71,7 @@ SHAPES = st.lists(
         st.integers(1, 4),  # population
         st.integers(0, 2),  # rounds
         st.integers(8, 200),  # tokens of a rollout
+        st.booleans(),  # of a batch
     ),
     min_size=2,
     max_size=8,
@@ -80,7 +81,7 @@ SHAPES = st.lists(
 @settings(deadline=None)
 @given(SHAPES, st.integers(50, 2000), st.integers(1, 4))
 def test_under_any_arrivals_every_run_ends_and_no_rollout_is_passed_without_bound(
-    shapes: list[tuple[float, int, int, int]], max_tokens: int, max_calls: int
+    shapes: list[tuple[float, int, int, int, bool]], max_tokens: int, max_calls: int
 ) -> None:
     """A rollout is passed by runs alone that arrived before its own run's rank: those are finitely many."""
     begun: list[tuple[str, Slot]] = []
@@ -88,13 +89,16 @@ def test_under_any_arrivals_every_run_ends_and_no_rollout_is_passed_without_boun
     engines: dict[str, AdmittedEngine] = {}
     entered: dict[tuple[str, Slot], int] = {}
     arrivals: dict[str, float] = {}
+    in_batch: dict[str, bool] = {}
 
     def say(asked: RolloutRequest) -> Script:  # called when a generation begins
         for name, engine in engines.items():
             ranks[name].append(engine.share.rank)
         if not asked.continuation:
             begun.append((asked.run_id, asked.slot))
-        assert gate.tokens < max_tokens + 1 or gate.calls == 1
+        others = gate.tokens - gate._batch_tokens, gate.calls - gate._batch_calls
+        for tokens, calls in (others, (gate._batch_tokens, gate._batch_calls)):
+            assert tokens < max_tokens + 1 or calls == 1
         assert gate.calls <= max_calls
         return Script("x" * (37 * (asked.slot.index + 1) % 150), "42")
 
@@ -107,11 +111,12 @@ def test_under_any_arrivals_every_run_ends_and_no_rollout_is_passed_without_boun
                 entered[request.run_id, request.slot] = len(begun)
             return super().generate(request)
 
-    async def one(number: int, at: float, params: Params) -> None:
+    async def one(number: int, at: float, params: Params, batch: bool) -> None:
         await asyncio.sleep(at)
         name = f"run{number}"
+        in_batch[name] = batch
         arrivals[name], ranks[name] = now(), [now()]
-        engines[name] = Noting(inner, gate, gate.through(inner, now()).share)
+        engines[name] = Noting(inner, gate, gate.through(inner, now(), batch=batch).share)
         async with open_run(init(name, PROBLEM, params, TEMPLATES), engines[name], watch=Watch.NONE) as events:
             async for _ in events:
                 pass
@@ -120,7 +125,7 @@ def test_under_any_arrivals_every_run_ends_and_no_rollout_is_passed_without_boun
     async def main() -> None:
         at = 0.0
         async with asyncio.timeout(_LONG_S), asyncio.TaskGroup() as tasks:
-            for number, (gap, population, rounds, tokens) in enumerate(shapes):
+            for number, (gap, population, rounds, tokens, batch) in enumerate(shapes):
                 at += gap
                 params = Params(
                     population=population,
@@ -131,14 +136,15 @@ def test_under_any_arrivals_every_run_ends_and_no_rollout_is_passed_without_boun
                     final_tokens=tokens,
                     seed=number,
                 )
-                tasks.create_task(one(number, at, params))
+                tasks.create_task(one(number, at, params, batch))
         assert empty(gate)
 
     run_virtual(main())
     assert len(begun) == len(set(begun)) == len(entered)
     for place, (name, slot) in enumerate(begun):
         for other, _ in begun[entered[name, slot] : place]:
-            assert other == name or arrivals[other] <= max(ranks[name]), "passed by a run that came behind its rank"
+            before = in_batch[other] < in_batch[name] or arrivals[other] <= max(ranks[name])
+            assert other == name or before, "passed by a run that came behind its rank"
 
 
 def order_of(*asked: tuple[float, RolloutRequest]) -> list[int]:
@@ -361,6 +367,96 @@ class Metered(ScriptedEngine):
                     yield delta
         finally:
             self.held -= mine
+
+
+def beside_a_batch(speed: Speed, *, batch_runs: int, as_batch: bool = True, bound: int = 40_000) -> float:
+    """Seconds of one run for which somebody waits, that comes when the engine has long been full of others."""
+
+    def say(asked: RolloutRequest) -> Script:
+        stream = random.Random(f"{asked.run_id}/{asked.slot}")
+        return Script("".join(stream.choices(string.ascii_letters + "  ", k=int(stream.uniform(200, 1500)))), "42")
+
+    async def main() -> float:
+        inner = ScriptedEngine(say, speed=speed, chunk_tokens=64)
+        gate = admission(inner, tokens=bound)
+
+        async def one(name: str, arrival_s: float, batch: bool) -> float:
+            params = Params(population=8, rounds=2, rollout_tokens=2000, tail_tokens=128, final_tokens=2000, seed=1)
+            priority = (_YEAR_MS if batch else 0) + int(arrival_s * 1000)
+            state = init(name, PROBLEM, params, TEMPLATES, priority)
+            async with open_run(state, gate.through(inner, arrival_s, batch=batch), watch=Watch.NONE) as events:
+                async for _ in events:
+                    pass
+            return now() - arrival_s
+
+        batch = [asyncio.create_task(one(f"batch{number}", now(), as_batch)) for number in range(batch_runs)]
+        await asyncio.sleep(60)
+        assert not batch_runs or gate.waiting > 100, "the engine is full"
+        seconds = await one("run", now(), False)
+        assert not as_batch or all(not task.done() for task in batch[-8:]), "it is full still"
+        for task in batch:
+            task.cancel()
+        if batch:
+            await asyncio.wait(batch)
+        assert empty(gate)
+        return seconds
+
+    return run_virtual(main())
+
+
+_YEAR_MS = 365 * 86_400_000
+
+
+def test_a_run_beside_a_batch_that_fills_the_engine_is_hardly_slowed() -> None:
+    """Where a stream more costs nothing: the batch takes neither its turn nor its memory."""
+    speed = Speed(step_s=0.02, kv_tokens=40_000)
+    alone = beside_a_batch(speed, batch_runs=0)
+    assert beside_a_batch(speed, batch_runs=100) < 1.1 * alone
+    assert beside_a_batch(speed, batch_runs=100, as_batch=False) > 3 * alone, "which is what classes are for"
+
+
+def test_batches_leave_places_for_calls_free_and_wait_behind_others() -> None:
+    async def main() -> None:
+        begun: list[int] = []
+
+        def say(asked: RolloutRequest) -> Script:
+            begun.append(asked.slot.index)
+            return Script("x" * 500, "42")
+
+        inner = ScriptedEngine(say, speed=Speed(0.01))
+        gate = admission(inner, tokens=100_000, calls=16)
+        batch = [
+            asyncio.create_task(use(gate.through(inner, 0.0, batch=True), request(index, 600))) for index in range(40)
+        ]
+        await asyncio.sleep(0.1)
+        assert (gate.calls, gate.waiting) == (14, 26)
+        others = [asyncio.create_task(use(gate.through(inner, now()), request(99, 600))) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        assert (gate.calls, gate.waiting) == (16, 27)
+        await asyncio.wait([*batch, *others])
+        assert begun[14:17] == [99] * 3
+        assert empty(gate)
+
+    run_virtual(main())
+
+
+def test_a_batch_has_what_others_leave_of_the_bound() -> None:
+    async def main() -> None:
+        inner = Silent(lambda request: Script("x" * 900, "42"), speed=Speed(0.01))
+        gate = admission(inner, tokens=2500)
+        others = [asyncio.create_task(use(gate.through(inner, now()), request(index, 1000))) for index in range(4)]
+        batch = [
+            asyncio.create_task(use(gate.through(inner, 0.0, batch=True), request(index, 1000))) for index in range(4)
+        ]
+        await asyncio.sleep(0.1)
+        assert (gate.calls, gate.waiting) == (4, 4)
+        await asyncio.wait(others)
+        assert not any(task.done() for task in batch)
+        alone = asyncio.create_task(use(gate.through(inner, now(), batch=True), request(9, 10_000)))
+        await asyncio.wait([*batch, alone])
+        assert empty(gate)
+
+    run_virtual(main())
 
 
 def test_while_rollouts_wait_the_engines_memory_is_filled_and_not_overfilled() -> None:

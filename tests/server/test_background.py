@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from typing import Any
 
@@ -13,11 +14,12 @@ from hypothesis import strategies as st
 
 from harness.engine import EngineDead
 from harness.scripted import Script, ScriptedEngine, Speed
+from harness.types import Message, TokenIds
 from mrsa_server.runs.store import RunStore
 from tests.helpers.open_responses import EVENTS, misfits
 from tests.helpers.replicas import LEASE_S, check_log, log_of, only_run, replica, slow, until_ended
 from tests.helpers.replicas import SIZES as SHORT
-from tests.helpers.serving import CHAT, RESPONSES, in_memory, typed
+from tests.helpers.serving import CHAT, RESPONSES, in_memory, on_port, typed
 from tests.helpers.serving import ask as chat
 
 QUESTION = "What is six times seven?"
@@ -284,6 +286,23 @@ async def test_a_response_is_deleted_with_its_run(store: RunStore, store_url: st
         assert (await client.get(f"/v1/runs/{run_of(first)}")).status_code == 404
 
 
+async def test_who_reads_a_response_that_is_deleted_is_told(store: RunStore, store_url: str) -> None:
+    async with replica(slow(0.02), store_url) as client, replica(slow(), store_url) as other:
+        first = await create(client)
+        await only_run(store, events=3)
+        reading = [
+            asyncio.create_task(one.get(f"{RESPONSES}/{first['id']}", params={"stream": "true"}))
+            for one in (client, other)
+        ]
+        await asyncio.sleep(0.05)
+        await other.delete(f"{RESPONSES}/{first['id']}")
+        for response in await asyncio.gather(*reading):
+            last = typed(response.text)[-1]
+            assert last["type"] == "error"
+            assert last["error"]["code"] == "not_found"
+            assert "starting_after" not in last["error"]["message"]
+
+
 async def test_a_response_goes_on_with_an_earlier_one(store: RunStore, store_url: str) -> None:
     async with replica(slow(), store_url) as client:
         first = await until(client, (await create(client, instructions="Be brief."))["id"], "completed")
@@ -331,6 +350,30 @@ async def test_a_response_that_is_not_there_or_not_done_cannot_be_gone_on_with(s
         assert response.json()["error"]["param"] == "input.0.content", "as the client wrote it"
 
 
+async def test_an_error_names_the_turn_that_the_client_wrote(store_url: str) -> None:
+    async with replica(slow(), store_url) as client:
+        first = await until(client, (await create(client))["id"], "completed")
+        image = {"type": "input_image", "image_url": "http://example.com/x.png"}
+        body = ask(previous_response_id=first["id"], input=[{"role": "user", "content": [image]}])
+        response = await client.post(RESPONSES, json=body)
+    assert response.json()["error"]["param"] == "input.0.content.0.image_url"
+
+
+async def test_pages_of_items_end_though_a_client_gave_one_id_twice(store_url: str) -> None:
+    async with replica(slow(), store_url) as client:
+        turns = [{"role": "user", "content": text, "id": "twin"} for text in ("one", "two", "three")]
+        first = await create(client, input=turns)
+        found: list[str] = []
+        query = {"limit": "1", "order": "asc"}
+        while len(found) < 9:
+            page = (await client.get(f"{RESPONSES}/{first['id']}/input_items", params=query)).json()
+            found += [item["content"][0]["text"] for item in page["data"]]
+            if not page["has_more"]:
+                break
+            query["after"] = page["last_id"]
+    assert found == ["one", "two", "three"]
+
+
 @pytest.mark.parametrize("path", ["", "/cancel", "/input_items"])
 async def test_what_is_not_there_is_a_404(store_url: str, path: str) -> None:
     async with replica(slow(), store_url) as client, in_memory() as bare:
@@ -349,6 +392,17 @@ async def test_a_bad_parameter_is_named(store_url: str, query: str) -> None:
         response = await client.get(f"{RESPONSES}/{first['id']}?{query}")
     assert response.status_code == 400
     assert response.json()["error"]["param"] == query.split("&")[-1].split("=")[0]
+
+
+async def test_a_deleted_response_is_not_told_again_to_its_key(store: RunStore, store_url: str) -> None:
+    async with replica(slow(), store_url) as client:
+        body = ask(background=False)
+        first = (await client.post(RESPONSES, json=body, headers=KEY)).json()
+        await until_ended(store, run_of(first))
+        await client.delete(f"{RESPONSES}/{first['id']}")
+        again = (await client.post(RESPONSES, json=body, headers=KEY)).json()
+    assert again["status"] == "completed"
+    assert again["id"] != first["id"]
 
 
 # Keys of idempotency, over replicas and restarts.
@@ -433,3 +487,196 @@ class Asleep(ScriptedEngine):
         if not self.awake:
             raise EngineDead("it is asleep")
         await super().start()
+
+
+# Engines that are away, clients that leave, words that nobody can store.
+
+
+class Mortal(ScriptedEngine):
+    """An engine that, once killed, does not even count or decode."""
+
+    def __init__(self, thinking: str = "x" * 100, step_s: float = 0.002) -> None:
+        super().__init__(lambda request: Script(thinking, LONG), speed=Speed(step_s=step_s))
+
+    async def count(self, messages: tuple[Message, ...]) -> int:
+        """As the engine's."""
+        self._alive()
+        return await super().count(messages)
+
+    async def decode(self, token_ids: TokenIds) -> str:
+        """As the engine's."""
+        self._alive()
+        return await super().decode(token_ids)
+
+    def _alive(self) -> None:
+        if self._dead:
+            raise EngineDead("it was killed")
+
+
+async def test_an_answer_is_there_though_its_engine_is_away(store_url: str) -> None:
+    engine = Mortal()
+    async with replica(engine, store_url) as client:
+        done = await until(client, (await create(client, reasoning={"summary": "detailed"}))["id"], "completed")
+        engine.kill()
+        for _ in range(2):  # before and after anybody has noticed
+            async with asyncio.timeout(3):
+                found = await retrieve(client, done["id"])
+            assert found["output"][-1] == done["output"][-1]
+            assert found["status"] == "completed"
+        assert not client.app.state.runner.host.up  # type: ignore[attr-defined]
+
+
+async def test_a_stream_waits_for_the_engine_that_knows_its_words(store_url: str) -> None:
+    engine = Mortal()
+    async with replica(engine, store_url, engine_wait_s=5) as client:
+        done = await until(client, (await create(client, reasoning={"summary": "detailed"}))["id"], "completed")
+        whole = await events_of(client, done["id"])
+        engine.kill()
+        reading = asyncio.create_task(events_of(client, done["id"], 5))
+        await asyncio.sleep(0.3)
+        engine.revive()
+        assert whole[:6] + await reading == whole
+
+
+async def test_a_stream_whose_engine_stays_away_says_where_to_go_on(store_url: str) -> None:
+    engine = Mortal()
+    async with replica(engine, store_url, engine_wait_s=0.2) as client:
+        done = await until(client, (await create(client, reasoning={"summary": "detailed"}))["id"], "completed")
+        whole = await events_of(client, done["id"])
+        engine.kill()
+        response = await client.get(f"{RESPONSES}/{done['id']}", params={"stream": "true"})
+        *seen, cut = typed(response.text)
+        assert cut["error"]["code"] == "engine_unavailable"
+        assert f"starting_after={seen[-1]['sequence_number']}." in cut["error"]["message"]
+        engine.revive()
+        await client.app.state.runner.host.wait_up(5)  # type: ignore[attr-defined]
+        assert seen + await events_of(client, done["id"], seen[-1]["sequence_number"]) == whole
+
+
+async def test_a_response_whose_engine_dies_as_it_is_asked_waits_in_the_store(store_url: str) -> None:
+    engine = Mortal()
+    async with replica(engine, store_url) as client:
+        engine.kill()  # which nobody has noticed
+        async with asyncio.timeout(3):
+            first = await create(client)
+        assert first["status"] == "queued"
+        engine.revive()
+        await until(client, first["id"], "completed")
+
+
+@pytest.mark.parametrize("background", [False, True])
+async def test_a_stream_lives_where_its_client_is_told_nothing(store_url: str, background: bool) -> None:
+    engine = ScriptedEngine(lambda request: Script("x" * (60 * request.slot.index), LONG), speed=Speed(step_s=0.002))
+    sizes = {**SIZES, "population": 24, "rounds": 0, "final_candidates": 24}
+    async with on_port(engine, database_url=store_url, lease_s=5, keep_alive_s=0.2) as (url, app):
+        await app.state.runner.host.wait_up(5)
+        body = ask(stream=True, background=background, mrsa=sizes)
+        clock = asyncio.get_running_loop().time
+        async with httpx.AsyncClient(base_url=url) as client, client.stream("POST", RESPONSES, json=body) as response:
+            silences, last = [], clock()
+            async for _ in response.aiter_raw():
+                silences.append(clock() - last)
+                last = clock()
+    assert len(silences) > 5
+    assert max(silences) < 1
+
+
+async def test_a_response_that_nobody_has_is_cancelled_without_an_engine(store: RunStore, store_url: str) -> None:
+    async with in_memory(Asleep(), up=False, database_url=store_url, lease_s=LEASE_S) as client:
+        first = await create(client)
+        await client.app.state.runner.drain(0)  # type: ignore[attr-defined]
+    async with in_memory(Asleep(), up=False, database_url=store_url, lease_s=LEASE_S) as client, asyncio.timeout(5):
+        response = await client.post(f"{RESPONSES}/{first['id']}/cancel")
+    assert response.json()["status"] == "cancelled"
+
+
+@pytest.mark.parametrize("taken_up", [False, True])
+async def test_a_deadline_holds_though_no_engine_comes_back(
+    store: RunStore, store_url: str, monkeypatch: pytest.MonkeyPatch, taken_up: bool
+) -> None:
+    engine = Mortal()
+    async with replica(Mortal("x" * 1000), store_url) as client:
+        first = await create(client, mrsa={**SIZES, "deadline_s": 2.5})
+        await only_run(store, events=4)
+        await client.app.state.runner.drain(0)  # type: ignore[attr-defined]
+    server = in_memory(engine if taken_up else Asleep(), up=taken_up, database_url=store_url, lease_s=LEASE_S)
+    async with server as client:
+        host, kept = client.app.state.runner.host, client.app.state.asking.store  # type: ignore[attr-defined]
+        read = kept.events
+
+        async def read_and_lose(*args: Any) -> Any:  # the first to read is who takes the run up
+            engine.kill()
+            host.lost("it was killed")
+            return await read(*args)
+
+        if taken_up:
+            monkeypatch.setattr(kept, "events", read_and_lose)
+        await until_ended(store, run_of(first), 10)
+        body = await retrieve(client, first["id"])
+    assert body["status"] == "failed"
+    assert "mrsa.deadline_s=2.5" in body["error"]["message"]
+
+
+async def test_a_run_whose_client_left_while_it_was_stored_is_not_taken_up(
+    store: RunStore, store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with on_port(slow(), database_url=store_url, lease_s=LEASE_S) as (url, app):
+        await app.state.runner.host.wait_up(5)
+        kept = app.state.asking.store
+        make, late = kept.create, asyncio.Event()
+
+        async def create_late(*args: Any) -> Any:
+            await late.wait()
+            return await make(*args)
+
+        async def create_whole(*args: Any) -> Any:  # as the store's own: what is begun is not cut
+            return await asyncio.shield(asyncio.create_task(create_late(*args)))
+
+        monkeypatch.setattr(kept, "create", create_whole)
+        async with httpx.AsyncClient(base_url=url) as client:
+            with pytest.raises(httpx.ReadTimeout):
+                await client.post(RESPONSES, json=ask(background=False), timeout=0.3)
+            await asyncio.sleep(0.1)
+            late.set()
+            await asyncio.sleep(3 * LEASE_S)
+    assert await store.list_runs() == []
+
+
+async def test_a_key_whose_run_was_left_elsewhere_is_to_be_asked_again(store: RunStore, store_url: str) -> None:
+    body = ask(background=False)
+    async with (
+        on_port(slow(0.02), database_url=store_url, lease_s=LEASE_S) as (url, app),
+        replica(slow(), store_url) as other,
+        httpx.AsyncClient(base_url=url) as client,
+    ):
+        await app.state.runner.host.wait_up(5)
+        first = asyncio.create_task(client.post(RESPONSES, json=body, headers=KEY, timeout=1))
+        await only_run(store, events=3)
+        again = asyncio.create_task(other.post(RESPONSES, json=body, headers=KEY))
+        with pytest.raises(httpx.ReadTimeout):
+            await first
+        busy = await again
+        assert (busy.status_code, busy.json()["error"]["code"]) == (409, "idempotency_key_busy")
+        assert "x-should-retry" not in busy.headers
+        assert (await other.post(RESPONSES, json=body, headers=KEY)).status_code == 200
+
+
+@pytest.mark.parametrize("where", ["prompt_cache_options", "parsed"])
+async def test_a_body_too_deep_to_be_told_again_is_refused(store_url: str, where: str) -> None:
+    options: dict[str, Any] = {"prompt_cache_options": {"a": "DEEP"}}
+    text = {"type": "output_text", "text": "x", "parsed": "DEEP"}
+    parsed: dict[str, Any] = {"input": [{"role": "assistant", "content": [text]}, {"role": "user", "content": "x"}]}
+    body = json.dumps(ask(**{"prompt_cache_options": options, "parsed": parsed}[where]))
+    body = body.replace('"DEEP"', "[" * 400 + "]" * 400)
+    async with replica(slow(), store_url) as client:
+        response = await client.post(RESPONSES, content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    assert "254" in response.json()["error"]["message"]
+
+
+async def test_a_model_that_cannot_be_printed_is_none_before_names_are_known(store_url: str) -> None:
+    engine = Asleep()
+    engine.model = ""
+    async with in_memory(engine, up=False, database_url=store_url, lease_s=LEASE_S) as client, asyncio.timeout(3):
+        response = await client.post(RESPONSES, json=ask(model="a\0b-mrsa"))
+        assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 
 import pytest
 
@@ -63,3 +65,32 @@ def test_a_bad_value_is_named(words: tuple[str, ...], said: str, capsys: pytest.
         settings(*words)
     assert caught.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_server_loads_nothing_for_terminals() -> None:
+    program = (
+        "import sys; from mrsa_server.cli import main\n"
+        "try:\n"
+        "    main(['serve', '--help'])\n"
+        "except SystemExit:\n"
+        "    from mrsa_server.engines.build import build; from mrsa_server.settings import Settings\n"
+        "    build(Settings(engine='openai', engine_url='http://localhost:1/v1'))\n"
+        "print('rich' in sys.modules)\n"
+        "import rich.console\n"
+    )
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert said.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize(
+    ("words", "engine"),
+    [
+        ((), "embedded"),
+        (("--model", "Zyphra/ZAYA1-8B"), "vllm"),
+        (("--engine-url", "http://localhost:1/v1"), "openai"),
+        (("--engine-url", "http://localhost:1/v1", "--model", "m"), "openai"),
+        (("--engine", "scripted", "--model", "m"), "scripted"),
+    ],
+)
+def test_what_is_given_names_the_engine(words: tuple[str, ...], engine: str) -> None:
+    assert settings(*words).engine == engine

@@ -68,6 +68,25 @@ async def test_runs_are_listed_shown_and_exported(tmp_path: Path, capsys: pytest
         assert json.loads(log.read_text().splitlines()[-1])["kind"] == "run_finished"
 
 
+async def test_runs_of_a_batch_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text('{"problem": "?"}\n{"problem": "!"}\n')
+    sizes = [word for name, value in SIZES.items() for word in ("--mrsa", f"{name}={value}")]
+    async with on_port(ScriptedEngine(), state_dir=tmp_path / "state") as (url, _):
+        words = ["batch", str(problems), "-o", str(tmp_path / "r"), "--url", url, *sizes]
+        assert await asyncio.to_thread(main, words) == 0
+        alone = await asked(url)
+        capsys.readouterr()
+        assert await runs("list", "--url", url, "--json") == 0
+        found = json.loads(capsys.readouterr().out)
+        assert len(found) == 3
+        (batch_id,) = {run["batch_id"] for run in found} - {None}
+        assert await runs("list", "--url", url, "--batch", batch_id) == 0
+        out = capsys.readouterr().out
+    assert alone not in out
+    assert out.count("run_") == 2
+
+
 async def test_a_run_is_watched_to_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     async with on_port(slow(), state_dir=tmp_path) as (url, _):
         asking = asyncio.create_task(asked(url))

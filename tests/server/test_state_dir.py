@@ -24,7 +24,7 @@ WARNING = "runs live in memory and end with this server"
 
 def stored_in(settings: Settings) -> str | None:
     url = settings.store_url
-    return None if url is None else url.get_secret_value().removeprefix("sqlite+aiosqlite:///")
+    return None if url is None else url.get_secret_value().removeprefix("sqlite:///")
 
 
 def test_the_folder_is_the_one_for_state_unless_somebody_names_another(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import sqlite3
 import stat
@@ -10,14 +11,15 @@ import subprocess
 import sys
 import time
 from array import array
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import Connection, text
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, create_engine, inspect, text
 
 from harness.events import DeadlineReached, Event, RolloutFinished, RunFailed, RunFinished
 from harness.markovian_rsa import replay
@@ -27,7 +29,7 @@ from mrsa_server import migrations
 from mrsa_server.cli import main
 from mrsa_server.runs import tables
 from mrsa_server.runs.bells import Progress
-from mrsa_server.runs.database import Database
+from mrsa_server.runs.database import Database, _upgrade
 from mrsa_server.runs.store import Claim, Cursor, Entry, NewRun, RunFilter, RunStore
 from mrsa_server.runs.store_errors import Fenced, KeyTaken, NoSuchRun, RunExists, SchemaMismatch, StoreUnavailable
 from mrsa_server.settings import Settings
@@ -572,6 +574,55 @@ async def test_the_tables_that_migrations_make_are_those_that_queries_see(store_
         assert await connection.run_sync(differences) == []
 
 
+def test_the_head_is_the_last_step_of_the_migrations() -> None:
+    assert ScriptDirectory.from_config(migrations._config()).get_current_head() == migrations.HEAD
+
+
+def test_a_new_file_has_the_tables_that_migrations_would_make(tmp_path: Path) -> None:
+    def made(make: Callable[[Connection], None], name: str) -> dict[str, object]:
+        engine = create_engine(f"sqlite:///{tmp_path / name}")
+        with engine.begin() as connection:
+            make(connection)
+            found = inspect(connection)
+            tables: dict[str, object] = {
+                table: (
+                    sorted(({**column, "type": str(column["type"])} for column in found.get_columns(table)), key=str),
+                    found.get_pk_constraint(table),
+                    found.get_foreign_keys(table),
+                    found.get_unique_constraints(table),
+                )
+                for table in found.get_table_names()
+            }
+            for index in connection.execute(text("SELECT name, sql FROM sqlite_master WHERE type = 'index'")):
+                tables[index.name] = index.sql
+            assert migrations.current(connection) == migrations.HEAD
+        engine.dispose()
+        return tables
+
+    assert made(_upgrade, "new.db") == made(migrations.upgrade, "migrated.db")
+
+
+def test_a_server_on_a_file_loads_no_orm_no_alembic_and_no_driver_of_another_database(tmp_path: Path) -> None:
+    program = (
+        "import asyncio, sys\n"
+        "from mrsa_server.app import open_journal\n"
+        "from mrsa_server.settings import Settings\n"
+        "async def main():\n"
+        "    journal = await open_journal(Settings(engine='scripted'))\n"
+        "    await journal.store.list_runs()\n"
+        "    await journal.store.aclose()\n"
+        "asyncio.run(main())\n"
+        "print([name for name in ('sqlalchemy.orm', 'alembic', 'asyncpg', 'sqlalchemy.dialects.postgresql')"
+        " if name in sys.modules])\n"
+    )
+    for _ in ("new", "there already"):
+        environment = os.environ | {"XDG_STATE_HOME": str(tmp_path)}
+        said = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment
+        )
+        assert said.stdout.splitlines()[-1] == "[]"
+
+
 async def test_servers_may_make_a_file_at_once(tmp_path: Path) -> None:
     # They locked one another out, some time in ten, while each put the file into WAL mode.
     for round in range(6):
@@ -602,9 +653,9 @@ def test_db_makes_the_tables(
     monkeypatch.setenv("MRSA_DATABASE_URL", postgres.url(postgres.make()))
     for words, status, said in (
         ("current", 1, "no tables"),
-        ("upgrade", 0, migrations.head()),
-        ("upgrade", 0, migrations.head()),
-        ("current", 0, migrations.head()),
+        ("upgrade", 0, migrations.HEAD),
+        ("upgrade", 0, migrations.HEAD),
+        ("current", 0, migrations.HEAD),
     ):
         assert main(["db", words]) == status
         assert said in capsys.readouterr().out
