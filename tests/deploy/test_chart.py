@@ -19,7 +19,7 @@ import yaml
 
 from mrsa_server import __version__
 from mrsa_server.settings import Settings
-from tests.deploy.conftest import CHART, ROOT, SHAPES, Document, Tool, flags
+from tests.deploy.conftest import CHART, REVISION, ROOT, SHAPES, Document, Tool, flags
 from tests.helpers.serving import on_port
 
 pytestmark = pytest.mark.deploy
@@ -304,6 +304,24 @@ def test_gpus_are_asked_for_where_the_engine_is(objects: Objects) -> None:
     assert gpus("rocm-pool", "mrsa-engine") == ({"memory": "64Gi", "amd.com/gpu": "1"}, [44, 109])
     assert gpus("rocm-pool", "mrsa-server") == ({"memory": "4Gi"}, None)
     assert gpus("cpu", "mrsa-server") == ({"memory": "8Gi"}, None)
+
+
+_PARSE = """
+import json, sys
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+found = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", *json.load(sys.stdin)])
+print(found.model, found.served_model_name, found.scheduling_policy, found.prefix_cache_retention_interval)
+"""
+
+
+@pytest.mark.engine
+def test_vllm_takes_the_arguments_of_an_engine(objects: Objects) -> None:
+    container = objects("cuda-pool")["Deployment", "mrsa-engine"]["spec"]["template"]["spec"]["containers"][0]
+    assert container["command"] == ["vllm", "serve"]
+    words = [sys.executable, "-c", _PARSE]
+    done = subprocess.run(words, input=json.dumps(container["args"]), capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == [f"/models/{REVISION} ['ZAYA1-8B'] priority 128"], done.stderr
 
 
 # The programs inside of it.

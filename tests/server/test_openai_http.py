@@ -165,7 +165,7 @@ async def test_a_hundred_generations_that_fail_at_once_look_after_the_server_onc
         upstream.stats.paths.clear()
         found = await asyncio.gather(*(collect(engine, request()) for _ in range(100)), return_exceptions=True)
         assert {type(one) for one in found} == {EngineError}
-        assert upstream.stats.paths["/health"] < 20
+        assert upstream.stats.paths["/health"] < 50
 
 
 async def test_the_key_is_sent_and_never_shown() -> None:
