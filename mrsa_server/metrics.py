@@ -37,7 +37,12 @@ class Metrics:
         registry = self.registry = CollectorRegistry()
         self.store: StoreMetrics | None = None
         ProcessCollector(registry=registry)
-        self.queued = Gauge("mrsa_runs_queued", "Runs that wait for a place", registry=registry)
+        self.queued = Gauge("mrsa_runs_queued", "Runs that wait for a place or for the engine", registry=registry)
+        self.left_behind = Gauge(
+            "mrsa_runs_left_behind",
+            "Unfinished runs of the whole store that nobody has, while the engine is away",
+            registry=registry,
+        )
         self.running = Gauge("mrsa_runs_running", "Runs in flight", registry=registry)
         self.engine_up = Gauge("mrsa_engine_up", "Whether the engine answers", registry=registry)
         self.inflight_tokens = Gauge(

@@ -106,6 +106,12 @@ class Settings(BaseSettings):
         30.0, title=_ENGINE, description="seconds that a request waits for an engine that is starting or gone"
     )
 
+    engine_sleeps: bool = Field(
+        False,
+        title=_ENGINE,
+        description="the engine is scaled to zero at rest: the server is ready without it, and who waits for it "
+        "(--engine-wait-s) counts as queued in the metrics, by which it is woken",
+    )
     engine_timeout_s: Seconds = Field(
         600.0,
         title=_ENGINE,

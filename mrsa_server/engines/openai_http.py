@@ -127,6 +127,7 @@ class OpenAIEngine:
         self._open = 0  # generations
         self._heard = 0.0  # when any of them last brought a byte, on the loop's clock
         self._guard: asyncio.Task[None] | None = None
+        self._look: asyncio.Task[bool] | None = None
         self._starting = asyncio.Lock()
         self._vocabulary = Vocabulary()
         self._tokenizer: RemoteTokenizer | None = None
@@ -166,39 +167,45 @@ class OpenAIEngine:
             self._transport = None
 
     async def healthy(self) -> bool:
-        """Whether the server answers and says that it is well."""
+        """Whether the server answers, and says that it is well as far as it says anything of that.
+
+        A router says so without a server behind it too, but then it lists no model.
+        """
         timeouts = {"connect": 5.0, "read": 5.0}
+        well = False
         for path in ("/health", "/v1/models"):
             try:
                 async with self._send("GET", path, timeouts=timeouts):
-                    return True
+                    well = True
             except EngineDead:
                 return False
             except EngineError as error:
                 if error.status is None or error.status >= 500:
                     return False
-        return False
+        return well
 
     async def generate(self, request: RolloutRequest) -> AsyncGenerator[Delta, None]:
         """Generate up to `request.max_tokens` tokens, in one call to the server.
 
         Raises:
             EngineError: An HTTP error, a broken or cut stream, a silence of `read_timeout_s`.
-            EngineDead: No connection.
+            EngineDead: No connection, or one of these from a server that is not well.
         """
         await self.start()
         thinking, prompt_tokens = self._prompt_thinks and not request.continuation, None
         if self._prompts is not None:
-            prompt = await self._prompts.render(request.messages, request.answer.tools)
+            async with self._judged():
+                prompt = await self._prompts.render(request.messages, request.answer.tools)
             thinking = self._ends_thinking(prompt, request.continuation)
             prompt += request.continuation
             path, body, prompt_tokens = "/v1/completions", self._completion(request, prompt), len(prompt)
             del prompt
         else:
-            path, body = "/v1/chat/completions", await self._chat(request)
+            async with self._judged():
+                path, body = "/v1/chat/completions", await self._chat(request)
         reply: IdReply | TextReply | None = None
         frames, pace = Frames(), self._watched if request.watched else self._unwatched
-        async with self._guarded(), AsyncExitStack() as stack:
+        async with self._judged(), self._guarded(), AsyncExitStack() as stack:
             response = await self._begin(stack, path, body)
             yield Delta(prompt_tokens=prompt_tokens, thinking=thinking)
             async for events in _events(response, frames, pace):
@@ -468,6 +475,22 @@ class OpenAIEngine:
             if not self._open and self._guard is not None:
                 self._guard.cancel()
                 self._guard = None
+
+    @asynccontextmanager
+    async def _judged(self) -> AsyncIterator[None]:
+        """Tell a generation's own failure from that of a router that has lost the servers behind it."""
+        try:
+            yield
+        except EngineError as error:
+            if (error.status is None or error.status >= 500) and not await self._well():
+                raise EngineDead(str(error)) from None
+            raise
+
+    async def _well(self) -> bool:
+        """As `healthy`, looked up once for all generations that fail at the same time."""
+        if self._look is None or self._look.done():
+            self._look = asyncio.create_task(self.healthy())
+        return await asyncio.shield(self._look)
 
     async def _look_after(self) -> None:
         """Close every connection once nobody listens any more: a server that stops may leave them open, and silent."""

@@ -27,10 +27,16 @@ class Health(StrEnum):
 
 
 class EngineHost:
-    """One engine and its health. `run` is its life; whoever calls it owns it."""
+    """One engine and its health. `run` is its life; whoever calls it owns it.
 
-    def __init__(self, engine: ServedEngine) -> None:
+    Args:
+        engine: Not yet started.
+        sleeps: Whether it is scaled to zero at rest, and comes back when something waits for it.
+    """
+
+    def __init__(self, engine: ServedEngine, *, sleeps: bool = False) -> None:
         self.engine = engine
+        self._sleeps = sleeps
         self.health = Health.STARTING
         self.reason = "it is starting"
         self.memory_tokens: int | None = None  # of the engine, once it is up and where it can tell
@@ -126,7 +132,7 @@ class EngineHost:
             raise EngineUnavailable(self.reason)
 
     async def check(self) -> bool:
-        """Whether the engine is up, asking it."""
+        """Whether requests may come: the engine is up, asking it, or only asleep. None would come to wake it else."""
         if self.up and not await self._answers():
             self.lost("it does not answer")
-        return self.up
+        return self.up or (self._sleeps and self.health is not Health.FAILED)

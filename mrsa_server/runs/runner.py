@@ -475,6 +475,8 @@ class Runner:
             served = (models() or ()) if self.host.up else ()
             claims: list[Claim] = []
             try:
+                # An engine that is asleep has to be woken for them too.
+                self._metrics.left_behind.set(0 if self.host.up else await journal.store.count_lost())
                 claims = await journal.claim_lost(max(0, room), served, max(0, of_batches))
                 for claim in claims:
                     await self._take_up(journal, claim, templates, revive)
@@ -681,7 +683,9 @@ class Runner:
         for deaths in range(_MOST_DEATHS):
             if record is not None and record.background and run.book is None and not self.host.up:
                 await self._write_down(run, record)  # its engine may take long: whoever asked is told that it waits
-            await self.host.wait_up(None if run.detached else self._engine_wait_s)
+            if not self.host.up:
+                with self._metrics.queued.track_inprogress():
+                    await self.host.wait_up(None if run.detached else self._engine_wait_s)
             try:
                 return await prepare(self.host.engine)
             except EngineDead as error:

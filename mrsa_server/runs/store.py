@@ -28,6 +28,7 @@ from sqlalchemy import (
     bindparam,
     case,
     delete,
+    func,
     insert,
     null,
     or_,
@@ -543,6 +544,17 @@ class RunStore:
             )
             claims = {row.run_id: Claim(row.run_id, row.fence, row.events) for row in taken}
         return [claims[run_id] for run_id in chosen]
+
+    @_whole("read")
+    async def count_lost(self) -> int:
+        """How many unfinished runs nobody has, of whatever model.
+
+        Raises:
+            StoreUnavailable: The database does not answer.
+        """
+        lost = select(func.count()).where(_UNFINISHED, _runs.lease_until < self._database.now)
+        async with self._database.reading() as connection:
+            return int((await connection.execute(lost)).scalar_one())
 
     # Writing: anybody's side.
 

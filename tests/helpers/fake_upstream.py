@@ -82,6 +82,7 @@ class Script:
         down: Status of every answer, as while a model is loading.
         api_key: Without it in the header everything is a 401.
         raw: Bytes of an SSE body, written as they are in place of an answer, one write each.
+        empty: A router without a server behind it: well by itself, 503 whatever else it is asked.
         refuses_priority: A priority other than 0 is a 400, as without vLLM's scheduling policy.
         refuses_salt: A cache_salt is a 400.
         kv_blocks: Level 1: blocks of 16 tokens in the KV cache of each of its engines, told by its metrics.
@@ -105,6 +106,7 @@ class Script:
     fault_every: int = 1
     json: bool = False
     down: int | None = None
+    empty: bool = False
     api_key: str | None = None
     raw: tuple[bytes, ...] = ()
     refuses_priority: bool = False
@@ -217,6 +219,8 @@ class _Connection(asyncio.Protocol):
             return self._error(script.down, "Loading model")
         if script.api_key is not None and self._key != f"Bearer {script.api_key}".encode():
             return self._error(401, f"Incorrect API key provided: {self._key.decode()}")
+        if script.empty and path != "/health":
+            return self._error(503, "No available workers")
         body: dict[str, Any] = orjson.loads(b"".join(self._body)) if self._body else {}
         self._upstream.seen(path, body)
         if path == "/v1/models":

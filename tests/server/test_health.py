@@ -6,10 +6,11 @@ import asyncio
 import time
 from typing import cast
 
+import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from harness.engine import EngineError
+from harness.engine import EngineDead, EngineError
 from harness.events import DeadlineReached
 from harness.scripted import Script, ScriptedEngine
 from harness.types import RolloutRequest
@@ -74,6 +75,15 @@ def value(text: str, line: str) -> float:
     return float(next(found.rpartition(" ")[2] for found in text.splitlines() if found.startswith(line + " ")))
 
 
+async def until(client: httpx.AsyncClient, line: str, wanted: float) -> None:
+    """Wait until a metric has a value."""
+    found = None
+    async with asyncio.timeout(5):
+        while found != wanted:
+            await asyncio.sleep(0.01)
+            found = value((await client.get("/metrics")).text, line)
+
+
 async def test_metrics_say_what_the_store_does(store: RunStore, store_url: str) -> None:
     async with replica(slow(0.02), store_url) as client:
         asking = asyncio.create_task(client.post(CHAT, json=ask(mrsa=SIZES)))
@@ -116,6 +126,58 @@ async def test_a_server_is_not_ready_while_its_store_is_away_and_lives_all_the_s
                 await asyncio.sleep(0.2)
                 status = (await client.get("/health/ready")).status_code
         assert value((await client.get("/metrics")).text, "mrsa_store_up") == 1
+
+
+class Asleep(ScriptedEngine):
+    """Scaled to zero until it is woken."""
+
+    awake = False
+
+    async def start(self) -> None:
+        if not self.awake:
+            raise EngineDead("No available workers")
+
+    async def healthy(self) -> bool:
+        return self.awake
+
+
+@pytest.mark.parametrize("sleeps", [True, False])
+async def test_a_server_is_ready_without_an_engine_that_sleeps_alone(sleeps: bool) -> None:
+    engine = Asleep()
+    async with in_memory(engine, up=False, engine_sleeps=sleeps) as client:
+        assert (await client.get("/health/ready")).status_code == (200 if sleeps else 503)
+        assert value((await client.get("/metrics")).text, "mrsa_engine_up") == 0
+        engine.awake = True
+        await client.app.state.runner.host.wait_up(5)  # type: ignore[attr-defined]
+        assert (await client.get("/health/ready")).status_code == 200
+        engine.awake = False
+        assert (await client.get("/health/ready")).status_code == (200 if sleeps else 503)
+        assert value((await client.get("/metrics")).text, "mrsa_engine_up") == 0
+
+
+async def test_who_waits_for_the_engine_counts_as_queued() -> None:
+    engine = Asleep()
+    async with in_memory(engine, up=False, engine_sleeps=True) as client:
+        asking = [asyncio.create_task(client.post(CHAT, json=ask(mrsa=SMALL))) for _ in range(3)]
+        await until(client, "mrsa_runs_queued", 3)
+        engine.awake = True
+        assert [answer.status_code for answer in await asyncio.gather(*asking)] == [200] * 3
+        assert value((await client.get("/metrics")).text, "mrsa_runs_queued") == 0
+
+
+async def test_runs_that_nobody_has_are_counted_while_the_engine_is_away(store: RunStore, store_url: str) -> None:
+    async with replica(slow(0.05), store_url) as client:
+        asking = asyncio.create_task(client.post(CHAT, json=ask(mrsa=SIZES)))
+        run_id = await only_run(store, events=3)
+        taken = await stolen(store)
+        assert (await asking).status_code == 503
+    await store.release(taken)
+    engine = Asleep()
+    async with replica(engine, store_url, up=False) as client:
+        await until(client, "mrsa_runs_left_behind", 1)
+        engine.awake = True
+        await until_ended(store, run_id)
+        assert value((await client.get("/metrics")).text, "mrsa_runs_left_behind") == 0
 
 
 class Silent:

@@ -134,6 +134,40 @@ async def test_a_server_that_is_still_loading_is_asked_again_and_one_that_refuse
         assert await engine.healthy()
 
 
+async def test_a_router_without_a_server_behind_it_is_a_dead_engine() -> None:
+    async with served(Script(level=1, empty=True)) as (engine, upstream):
+        assert not await engine.healthy()
+        with pytest.raises(EngineDead):
+            await engine.start()
+        upstream.change(empty=False)
+        await engine.start()
+        upstream.change(empty=True)  # scaled to zero
+        with pytest.raises(EngineDead, match="No available workers"):
+            await collect(engine, request())
+
+
+async def test_a_stream_that_is_cut_is_a_dead_engine_where_the_router_has_lost_it() -> None:
+    async with served(Script(level=1, delay_s=0.4, writes=0)) as (engine, upstream):
+        await engine.start()
+        generation = asyncio.create_task(collect(engine, request()))
+        await settled(lambda: upstream.stats.open)
+        upstream.change(empty=True)
+        for protocol in list(upstream.protocols):
+            protocol.transport.close()
+        with pytest.raises(EngineDead):
+            await generation
+
+
+async def test_a_hundred_generations_that_fail_at_once_look_after_the_server_once() -> None:
+    async with served(Script(level=1)) as (engine, upstream):
+        await engine.start()
+        upstream.change(fault="500", delay_s=0.1)
+        upstream.stats.paths.clear()
+        found = await asyncio.gather(*(collect(engine, request()) for _ in range(100)), return_exceptions=True)
+        assert {type(one) for one in found} == {EngineError}
+        assert upstream.stats.paths["/health"] < 50
+
+
 async def test_the_key_is_sent_and_never_shown() -> None:
     async with served(Script(api_key="sk-secret"), api_key="sk-secret") as (engine, upstream):
         assert text_of(await collect(engine, request()))
