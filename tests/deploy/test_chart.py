@@ -18,8 +18,10 @@ import pytest
 import yaml
 
 from mrsa_server import __version__
+from mrsa_server.keyring import KeyRing, Scope
 from mrsa_server.settings import Settings
 from tests.deploy.conftest import CHART, REVISION, ROOT, SHAPES, Document, Tool, flags
+from tests.helpers.keys import client, ring
 from tests.helpers.serving import on_port
 
 pytestmark = pytest.mark.deploy
@@ -134,7 +136,8 @@ def test_the_chart_is_of_the_package_s_version() -> None:
         (["server.settings.database_url=postgresql://u:p@h/d"], "database_url"),
         (["server.replicas=0"], "minimum"),
         (["model.source=pvc", "model.revision=main"], "pattern"),
-        (["model.source=pvc", "model.repository=a/b"], "model.revision: the commit"),
+        (["server.settings.keys=x"], "keys"),
+        (["model.source=pvc"], "model.repository"),
         (["store.kind=postgres"], "existingSecret"),
         (["server.replicas=2"], "several share a Postgres"),
         (["server.replicas=2", "store.kind=file"], "several share a Postgres"),
@@ -170,6 +173,57 @@ def test_settings_are_those_of_the_server(objects: Objects, shape: str, monkeypa
     )
     assert settings.engine_sleeps is ("pool" in shape)
     assert not settings.engine_sleeps or settings.engine_wait_s == 1800
+
+
+@pytest.mark.parametrize("file", [path.name for path in CHART.glob("values*.yaml") if path.name != "values-pool.yaml"])
+def test_each_values_file_stands_by_itself(tool: Tool, file: str) -> None:
+    assert "kind: Secret" in tool("helm", "template", "mrsa", CHART, "--values", CHART / file).stdout
+
+
+def test_a_job_that_changes_is_another(objects: Objects) -> None:
+    def jobs(*more: str) -> set[str]:
+        return {name for kind, name in objects("cuda", *more) if kind == "Job"}
+
+    assert len(jobs()) == 1
+    assert jobs() == jobs("--set", "server.settings.max_runs=7")
+    assert not jobs() & jobs("--set", "image.registry=other")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_keys_that_are_made_open_what_they_should(objects: Objects, shape: str, tmp_path: Path) -> None:
+    found = objects(shape, "--set", "monitoring.serviceMonitor.enabled=true")
+    made = found["Secret", "mrsa-keys"]["stringData"]
+    (tmp_path / "keys").write_text(made["keys"])
+    ring = KeyRing(tmp_path / "keys")
+    client, scraper = ring.find(made["client"]), ring.find(made["metrics"])
+    assert client is not None
+    assert scraper is not None
+    assert client.scopes == {Scope.INFERENCE, Scope.RUNS_READ, Scope.RUNS_WRITE}
+    assert scraper.scopes == {Scope.METRICS}
+    kind, name = ("Service", "mrsa") if "knative" in shape else ("Deployment", "mrsa-server")
+    pod = found[kind, name]["spec"]["template"]["spec"]
+    (mount,) = (mount for mount in pod["containers"][0]["volumeMounts"] if mount["name"] == "keys")
+    (volume,) = (volume["secret"] for volume in pod["volumes"] if volume["name"] == "keys")
+    assert environment(found, kind)["MRSA_KEYS_FILE"] == f"{mount['mountPath']}/{volume['items'][0]['path']}"
+    assert volume["secretName"] == "mrsa-keys"
+    monitor = found["PodMonitor" if "knative" in shape else "ServiceMonitor", "mrsa"]["spec"]
+    (endpoint,) = monitor.get("endpoints") or monitor["podMetricsEndpoints"]
+    assert endpoint["authorization"] == {"type": "Bearer", "credentials": {"name": "mrsa-keys", "key": "metrics"}}
+
+
+def test_keys_of_another_secret_and_none(objects: Objects) -> None:
+    found = objects("cuda", "--set", "auth.existingSecret=ours,monitoring.serviceMonitor.enabled=true")
+    assert not any(kind == "Secret" for kind, _ in found)
+    assert "ours" in json.dumps(found["Deployment", "mrsa-server"])
+    assert found["ServiceMonitor", "mrsa"]["spec"]["endpoints"][0]["authorization"]["credentials"]["name"] == "ours"
+    (test,) = found["Pod", "mrsa-test"]["spec"]["containers"]
+    assert {"name": "ours", "key": "client", "optional": True} in [
+        entry["valueFrom"]["secretKeyRef"] for entry in test["env"] if "valueFrom" in entry
+    ]
+    found = objects("cuda", "--set", "auth.open=true,monitoring.serviceMonitor.enabled=true")
+    assert not any(kind == "Secret" for kind, _ in found)
+    assert environment(found)["MRSA_OPEN"] == "true"
+    assert "authorization" not in found["ServiceMonitor", "mrsa"]["spec"]["endpoints"][0]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -328,8 +382,9 @@ def test_vllm_takes_the_arguments_of_an_engine(objects: Objects) -> None:
 
 
 async def test_helm_s_test_passes_on_a_server() -> None:
-    async with on_port() as (url, _):
-        given = {"URL": url, "TIMEOUT_S": "20"}
+    asks = client("alice")
+    async with on_port(keys=ring(asks)) as (url, _):
+        given = {"URL": url, "TIMEOUT_S": "20", "MRSA_KEY": asks.secret}
         asked = await asyncio.create_subprocess_exec(
             sys.executable, CHART / "files/ask.py", env=given, stdout=asyncio.subprocess.PIPE
         )

@@ -55,8 +55,7 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace 
 {{/* Where the weights are, in the pod. */}}
 {{- define "mrsa.modelPath" -}}
 {{- if eq .Values.model.source "pvc" -}}
-{{- if .Values.model.path }}{{ .Values.model.path }}
-{{- else }}/models/{{ required "model.revision: the commit of the weights, 40 hexadecimal digits" .Values.model.revision }}{{ end -}}
+{{- default (printf "/models/%s" (default "first" .Values.model.revision)) .Values.model.path -}}
 {{- else if eq .Values.model.source "image" -}}
 /models{{ with .Values.model.path }}/{{ trimPrefix "/" . }}{{ end }}
 {{- else -}}
@@ -157,6 +156,22 @@ topologySpreadConstraints:
       key: {{ .Values.store.postgres.key }}
 {{- end -}}
 
+{{/* The Secret with the keys of clients; nothing where anybody may ask. */}}
+{{- define "mrsa.keysSecret" -}}
+{{- if not .Values.auth.open -}}
+{{- default (printf "%s-keys" (include "mrsa.fullname" .)) .Values.auth.existingSecret -}}
+{{- end -}}
+{{- end -}}
+
+{{/* What Prometheus sends to read metrics. */}}
+{{- define "mrsa.scrapeKey" -}}
+{{- with include "mrsa.keysSecret" . -}}
+authorization:
+  type: Bearer
+  credentials: {name: {{ . }}, key: metrics}
+{{- end -}}
+{{- end -}}
+
 {{/* What the chart decides of the server's settings, under what the values say. */}}
 {{- define "mrsa.settings" -}}
 {{- $settings := dict "host" "0.0.0.0" "port" 8000 "log_format" "json" -}}
@@ -166,6 +181,8 @@ topologySpreadConstraints:
 {{- fail "server.terminationGracePeriodSeconds: at least preStopSeconds and 20 more" -}}
 {{- end -}}
 {{- $_ := set $settings "shutdown_grace_s" $grace -}}
+{{- if .Values.auth.open }}{{ $_ := set $settings "open" true }}
+{{- else }}{{ $_ := set $settings "keys_file" "/etc/mrsa/keys/keys" }}{{ end -}}
 {{- with .Values.model.name }}{{ $_ := set $settings "served_model" . }}{{ end -}}
 {{- if eq .Values.store.kind "file" }}{{ $_ := set $settings "state_dir" "/var/lib/mrsa" }}{{ end -}}
 {{- if eq .Values.store.kind "memory" }}{{ $_ := set $settings "state_dir" "none" }}{{ end -}}
@@ -305,6 +322,9 @@ containers:
       {{- end }}
     volumeMounts:
       - {name: tmp, mountPath: /tmp}
+      {{- if not .Values.auth.open }}
+      - {name: keys, mountPath: /etc/mrsa/keys, readOnly: true}
+      {{- end }}
       {{- if $single }}
       - {name: cache, mountPath: /cache}
       - {name: shm, mountPath: /dev/shm}
@@ -316,6 +336,13 @@ containers:
 volumes:
   - name: tmp
     emptyDir: {sizeLimit: 1Gi}
+  {{- with include "mrsa.keysSecret" . }}
+  - name: keys
+    secret:
+      secretName: {{ . }}
+      defaultMode: 0440
+      items: [{key: keys, path: keys}]
+  {{- end }}
   {{- if $single }}
   - name: cache
     {{- include "mrsa.cacheVolume" $server.cache | nindent 4 }}
