@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from base64 import b64decode
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import product
@@ -192,7 +193,7 @@ def test_a_job_that_changes_is_another(objects: Objects) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_keys_that_are_made_open_what_they_should(objects: Objects, shape: str, tmp_path: Path) -> None:
     found = objects(shape, "--set", "monitoring.serviceMonitor.enabled=true")
-    made = found["Secret", "mrsa-keys"]["stringData"]
+    made = {name: b64decode(value).decode() for name, value in found["Secret", "mrsa-keys"]["data"].items()}
     (tmp_path / "keys").write_text(made["keys"])
     ring = KeyRing(tmp_path / "keys")
     client, scraper = ring.find(made["client"]), ring.find(made["metrics"])
