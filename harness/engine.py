@@ -1,7 +1,8 @@
 """What the method asks of an engine: one Protocol, and whose fault an error is.
 
-EngineError   this generation failed: the population shrinks, the run goes on
-EngineDead    the engine is gone: nothing is recorded, the run can go on when it is back
+EngineError     this generation failed: the population shrinks, the run goes on
+GenerationLost  its engine went away, and there is another: the rollout is asked for again
+EngineDead      the engine is gone: nothing is recorded, the run can go on when it is back
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ class EngineError(Exception):
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
         self.status = status
+
+
+class GenerationLost(EngineError):
+    """A generation broke off for no fault of its own, as where one engine of several went; another try may end well."""
 
 
 class EngineDead(Exception):

@@ -7,7 +7,7 @@ writer and no lock.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from contextlib import aclosing, asynccontextmanager, closing
@@ -16,7 +16,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from harness.budget import answer_share
-from harness.engine import Engine, EngineDead, EngineError
+from harness.engine import Engine, EngineDead, EngineError, GenerationLost
 from harness.events import (
     AnswersGrouped,
     DeadlineReached,
@@ -37,6 +37,8 @@ from harness.types import AnswerRules, Carry, Finish, Params, Rollout, RolloutRe
 _JUDGE_S = 10.0  # for the answers of one run, waiting included
 _CHARACTERS_PER_TOKEN = 4.0  # of English, where nothing was measured
 _LAST_DECODE_S = 1.0  # for what stands there when a deadline cuts a rollout
+# Before a lost rollout is asked for again, each time: a router takes some seconds to find out that an engine is gone.
+_PAUSES_S = (0.5, 1.0, 2.0, 4.0)
 
 Inbox = Event | RolloutDelta | EngineDead
 
@@ -149,6 +151,7 @@ class RunEvents(AsyncIterator[Event | RolloutDelta]):
         self._inbox: asyncio.Queue[Inbox] = asyncio.Queue()
         self._outbox: deque[tuple[Event, State]] = deque()
         self._live: dict[Slot, _Live] = {}
+        self._losses: Counter[Slot] = Counter()
         self._asked: list[tuple[RolloutRequest, _Live]] = []  # their `RolloutStarted` may not have been taken yet
         self._voting: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -261,6 +264,9 @@ class RunEvents(AsyncIterator[Event | RolloutDelta]):
             self._live.pop(event.rollout.slot, None)
         elif isinstance(event, RolloutFailed):
             self._live.pop(event.slot, None)
+        elif isinstance(event, RunResumed):
+            for slot in event.slots:
+                self._live.pop(slot, None)
 
     def _advance(self) -> None:
         """Everything that follows without waiting: decisions, and rollouts that can start."""
@@ -303,14 +309,21 @@ class RunEvents(AsyncIterator[Event | RolloutDelta]):
         # Where a rollout may be cut, what stands there is taken: an engine is not to hold the end of it back.
         request = replace(request, watched=shown or params.may_cut)
         generation = _Generation(self._engine, request, params, self._inbox, live, shown)
+        losses = self._losses[request.slot]
         try:
+            if losses:
+                await asyncio.sleep(_PAUSES_S[losses - 1])
             finish = await generation.run(must_answer=last or params.carry is Carry.ANSWER)
             live.ending = True
             rollout = await generation.rollout(finish, clock() - start)
             self._inbox.put_nowait(RolloutFinished(rollout, generation.builder.trace()))
         except EngineError as error:
-            seconds = clock() - start
-            self._inbox.put_nowait(RolloutFailed(request.slot, str(error), generation.usage(), seconds, error.status))
+            usage, seconds = generation.usage(), clock() - start
+            if isinstance(error, GenerationLost) and losses < len(_PAUSES_S):
+                self._losses[request.slot] += 1
+                self._inbox.put_nowait(RunResumed((request.slot,), usage.completion_tokens))
+            else:
+                self._inbox.put_nowait(RolloutFailed(request.slot, str(error), usage, seconds, error.status))
         except EngineDead as error:
             self._inbox.put_nowait(error)
         except asyncio.CancelledError:

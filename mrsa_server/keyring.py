@@ -249,15 +249,19 @@ class KeyRing:
         return hmac.digest(min(digests, default=_GONE), f"cache:{key_id}".encode(), "sha256").hex()
 
     async def keep(self) -> None:
-        """Take over what the file says, for as long as the server lives; what cannot be read changes nothing."""
-        said = ""
+        """Take over what the file says, for as long as the server lives; what cannot be read changes nothing.
+
+        It has to say the same at two looks: whoever writes it in place empties it first.
+        """
+        said, seen = "", self._text
         while True:
             await asyncio.sleep(_LOOK_S)
             if self._file is None:
                 return
             try:
                 text = await asyncio.to_thread(_read_file, self._file)
-                if text != self._text:
+                last, seen = seen, text
+                if text == last and text != self._text:
                     before, self._keys, self._text = self.ids, self._all(text), text
                     log.info("keys were read anew", keys=len(self._keys), gone=sorted(set(before) - set(self.ids)))
                 said = ""

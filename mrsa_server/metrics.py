@@ -120,6 +120,11 @@ class Metrics:
             if tokens:
                 self._tokens.labels(kind).inc(tokens)
 
+    def count_lost(self, rollouts: int, tokens: int) -> None:
+        """Generations broke off with their engine or their server, and are asked for again."""
+        self._rollouts.labels("lost").inc(rollouts)
+        self._tokens.labels("lost").inc(tokens)
+
     def count_rejection(self, reason: Rejection) -> None:
         """A run was not let in."""
         self._rejections.labels(reason).inc()

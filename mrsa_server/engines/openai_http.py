@@ -24,7 +24,7 @@ import structlog
 from httpx_aiohttp import AiohttpTransport
 from prometheus_client.parser import text_string_to_metric_families
 
-from harness.engine import Delta, EngineDead, EngineError, Vocabulary
+from harness.engine import Delta, EngineDead, EngineError, GenerationLost, Vocabulary
 from harness.types import Message, RolloutRequest, TokenIds
 from mrsa_server.engines import LONGEST_WAIT_S, UNWATCHED_INTERVAL, WATCHED_DELTAS_PER_S
 from mrsa_server.engines.openai_pace import Pace
@@ -52,6 +52,7 @@ _KEEPALIVE_S = 4.0
 _END_S = 1.0  # for a body to end after its `[DONE]`
 _RATIO = 4.0
 _MOST_METRICS = 1 << 22  # bytes
+_OF_ROUTERS = (502, 503, 504)  # that have lost a server, or know of none for the moment
 _TRANSPORT = (httpx.TransportError, aiohttp.ClientError, OSError)
 _UNWATCHED_READS_PER_S = 200.0
 # What one stream is taken to make beside many others, where vLLM is asked to join its tokens.
@@ -188,7 +189,8 @@ class OpenAIEngine:
         """Generate up to `request.max_tokens` tokens, in one call to the server.
 
         Raises:
-            EngineError: An HTTP error, a broken or cut stream, a silence of `read_timeout_s`.
+            EngineError: An HTTP error, a stream without an end, a silence of `read_timeout_s`.
+            GenerationLost: A connection that broke, or a router that lost the server behind it.
             EngineDead: No connection, or one of these from a server that is not well.
         """
         await self.start()
@@ -501,7 +503,7 @@ class OpenAIEngine:
                 await self.aclose()
 
     async def _lost(self, message: str) -> EngineError | EngineDead:
-        """A broken stream is the rollout's loss, unless there is no server any more."""
+        """A broken stream is one generation's, unless there is no server any more."""
         url = httpx.URL(self._root)
         port = url.port or (443 if url.scheme == "https" else 80)
         try:
@@ -510,7 +512,7 @@ class OpenAIEngine:
         except OSError:
             return EngineDead(f"{message}, and it cannot be reached any more")
         writer.close()
-        return EngineError(message)
+        return GenerationLost(message)
 
     async def _refusal(self, response: httpx.Response) -> EngineError:
         status = response.status_code
@@ -523,7 +525,8 @@ class OpenAIEngine:
             said = ""
         if self._api_key:
             said = said.replace(self._api_key, "***")
-        return EngineError(f"the engine answered HTTP {status}" + (f": {said}" if said else ""), status)
+        refused = GenerationLost if status in _OF_ROUTERS else EngineError
+        return refused(f"the engine answered HTTP {status}" + (f": {said}" if said else ""), status)
 
     def _url(self, path: str) -> httpx.URL:
         url = self._urls.get(path)

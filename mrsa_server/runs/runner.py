@@ -780,6 +780,9 @@ class Runner:
                 run.failures.add(status)
                 self._metrics.count_rollout("failed", usage)
                 log.info("rollout failed", run_id=run.id, round=slot.round, index=slot.index, error=error[:500])
+            case RunResumed(slots, tokens):
+                self._metrics.count_lost(len(slots), tokens)
+                log.info("rollouts are asked for again", run_id=run.id, rollouts=len(slots), lost_tokens=tokens)
         for fact in run.facts(item, now):
             run.publish(fact)
 

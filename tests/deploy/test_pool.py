@@ -25,8 +25,8 @@ Objects = Callable[..., dict[tuple[str, str], Document]]
 
 
 @asynccontextmanager
-async def pool(objects: Objects, tmp_path: Path, engine: FakeUpstream) -> AsyncIterator[tuple[KubeApi, str]]:
-    """Kubernetes' API without a pod, and the router's URL."""
+async def pool(objects: Objects, tmp_path: Path, engines: int) -> AsyncIterator[tuple[KubeApi, str]]:
+    """Kubernetes' API without a pod, and the router's URL; all engines listen on the port `engines`."""
     found = objects("cuda-pool")
     labels = found["Deployment", "mrsa-engine"]["spec"]["template"]["metadata"]["labels"]
     words = found["Deployment", "mrsa-router"]["spec"]["template"]["spec"]["containers"][0]["args"]
@@ -36,7 +36,7 @@ async def pool(objects: Objects, tmp_path: Path, engine: FakeUpstream) -> AsyncI
         "--port": str(port),
         "--prometheus-host": "127.0.0.1",
         "--prometheus-port": str(free_port()),
-        "--service-discovery-port": str(engine.port),
+        "--service-discovery-port": str(engines),
         "--health-check-interval-secs": "1",
     }
     words = [f"{name}={here[name]}" if (name := word.partition("=")[0]) in here else word for word in words]
@@ -96,7 +96,10 @@ async def asked(client: httpx.AsyncClient) -> httpx.Response:
 
 async def test_a_pool_is_woken_from_zero_goes_back_and_is_woken_again(objects: Objects, tmp_path: Path) -> None:
     assert NAMESPACE == "ai"  # as the chart is rendered
-    async with FakeUpstream(Script(level=1, delay_s=0.2)) as engine, pool(objects, tmp_path, engine) as (api, router):
+    async with (
+        FakeUpstream(Script(level=1, delay_s=0.2)) as engine,
+        pool(objects, tmp_path, engine.port) as (api, router),
+    ):
         async with server(router) as client:
             for turn in range(2):
                 assert (await client.get("/health/ready")).status_code == 200, "nobody could wake the engine"
@@ -117,7 +120,10 @@ async def test_a_pool_is_woken_from_zero_goes_back_and_is_woken_again(objects: O
 
 
 async def test_a_run_outlives_the_only_engine_of_its_pool(objects: Objects, tmp_path: Path) -> None:
-    async with FakeUpstream(Script(level=1, delay_s=0.3)) as engine, pool(objects, tmp_path, engine) as (api, router):
+    async with (
+        FakeUpstream(Script(level=1, delay_s=0.3)) as engine,
+        pool(objects, tmp_path, engine.port) as (api, router),
+    ):
         async with server(router) as client:
             api.add("engine-0", "127.0.0.1")
             await until(client, "mrsa_engine_up", 1)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import random
+from collections import Counter
 from collections.abc import AsyncGenerator
 from concurrent.futures import Future
 from contextlib import aclosing
@@ -12,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from harness.budget import BudgetTooSmall, smallest_budget
-from harness.engine import Delta, EngineDead, EngineError
+from harness.engine import Delta, EngineDead, EngineError, GenerationLost
 from harness.events import (
     DeadlineReached,
     Event,
@@ -148,6 +150,63 @@ def test_only_an_empty_population_fails_the_run_and_the_reason_is_named(template
     assert isinstance(state.outcome, RunFailed)
     assert "out of luck" in state.outcome.reason
     assert state.stats[round].failed == 4
+
+
+class Crumbling(World):
+    """A pool whose engines go: a generation is lost at some token, up to `most` times for each rollout."""
+
+    def __init__(self, key: int, most: int) -> None:
+        super().__init__(key)
+        self._key, self._most = key, most
+        self.lost: Counter[Slot] = Counter()
+
+    async def generate(self, request: RolloutRequest) -> AsyncGenerator[Delta, None]:
+        draw = random.Random(f"{self._key} {request.slot} {self.lost[request.slot]}")
+        loses = self.lost[request.slot] < self._most and draw.random() < 0.6
+        deltas = 0
+        async with aclosing(super().generate(request)) as stream:
+            async for delta in stream:
+                if loses and (deltas := deltas + 1) > draw.randrange(4):
+                    self.lost[request.slot] += 1
+                    raise GenerationLost("the connection broke")
+                yield delta
+
+
+@property_of_runs
+@given(params_of_runs, st.integers(0, 2**32))
+def test_generations_that_are_lost_change_no_answer_and_the_log_says_what_they_cost(
+    templates: Templates, params: Params, key: int
+) -> None:
+    params = replace(params, budget_tokens=None)
+
+    async def both() -> tuple[State, State, list[Event], Crumbling]:
+        whole, _ = await go(init("run", PROBLEM, params, templates), World(key))
+        engine = Crumbling(key, 4)
+        start = init("run", PROBLEM, params, templates)
+        state, events = await go(start, engine)
+        return whole, state, [start.started, *events], engine
+
+    whole, state, events, engine = run_virtual(both())
+    again = [event for event in events if isinstance(event, RunResumed)]
+    assert Counter(slot for event in again for slot in event.slots) == engine.lost
+    assert state.charged_tokens == sum(event.charged_tokens for event in again)
+    assert state.outcome == whole.outcome
+    assert {slot: rollout.answer for slot, rollout in state.rollouts.items()} == {
+        slot: rollout.answer for slot, rollout in whole.rollouts.items()
+    }
+    assert replay(events, templates) == state
+
+
+def test_a_rollout_that_is_lost_again_and_again_has_failed(templates: Templates) -> None:
+    def say(request: RolloutRequest) -> Script:
+        return Script("t" * 50, "a", GenerationLost("gone", 502) if request.slot == Slot(0, 1) else None, 20)
+
+    state, events = run_virtual(go(init("run", PROBLEM, SMALL, templates), ScriptedEngine(say, chunk_tokens=1)))
+    assert isinstance(state.outcome, RunFinished)
+    assert [event.charged_tokens for event in events if isinstance(event, RunResumed)] == [20] * 4
+    (failed,) = (event for event in events if isinstance(event, RolloutFailed))
+    assert (failed.slot, failed.status, failed.usage.completion_tokens) == (Slot(0, 1), 502, 20)
+    assert state.charged_tokens == 80
 
 
 def test_a_dead_engine_fails_no_run_and_the_run_goes_on_when_it_is_back(templates: Templates) -> None:

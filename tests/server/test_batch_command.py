@@ -191,7 +191,7 @@ async def test_a_command_that_was_stopped_is_gone_on_with(
     problems = written(tmp_path / "p.jsonl", *({"problem": f"{number}?"} for number in range(8)))
     output, note = tmp_path / "r.jsonl", tmp_path / "r.jsonl.batch"
     async with (
-        on_port(slow(0.005), state_dir=tmp_path / "state", max_batch_runs=2) as (url, _),
+        on_port(slow(0.02), state_dir=tmp_path / "state", max_batch_runs=2) as (url, _),
         httpx.AsyncClient(base_url=url) as client,
     ):
         words = (problems, "-o", output, "--url", url, *MRSA)

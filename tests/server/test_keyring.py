@@ -114,16 +114,40 @@ async def test_a_file_is_read_anew_when_it_changes(tmp_path: Path, monkeypatch: 
         ("", [False, False, True]),
     ):
         file.write_text(text)
-        await asyncio.sleep(0.1)
+        async with asyncio.timeout(5):
+            while [bool(found.find(one.secret)) for one in (a, b, c)] != expected:  # noqa: ASYNC110 (nobody tells)
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
         assert [bool(found.find(one.secret)) for one in (a, b, c)] == expected
     file.unlink()
     await asyncio.sleep(0.05)
     assert not found.open
     assert found.find(a.secret) is None
     file.write_text(a.line)
-    await asyncio.sleep(0.1)
-    assert found.find(a.secret) is not None
+    async with asyncio.timeout(5):
+        while found.find(a.secret) is None:  # noqa: ASYNC110 (nobody tells)
+            await asyncio.sleep(0.01)
     keeping.cancel()
+
+
+async def test_a_file_that_is_being_written_locks_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keyring, "_LOOK_S", 3600)
+    file, a, b = tmp_path / "keys", client("a"), client("b")
+    file.write_text(f"{a.line}\n")
+    found = KeyRing(file)
+    looks = iter(["", f"{a.line}\n", f"{b.line}\n", f"{b.line}\n"])
+    known = []
+
+    async def sleep(_: float) -> None:
+        known.append([bool(found.find(one.secret)) for one in (a, b)])
+        if (text := next(looks, None)) is None:
+            raise asyncio.CancelledError
+        file.write_text(text)
+
+    monkeypatch.setattr(keyring.asyncio, "sleep", sleep)
+    with pytest.raises(asyncio.CancelledError):
+        await found.keep()
+    assert known == [[True, False]] * 4 + [[False, True]]
 
 
 @pytest.mark.parametrize("text", [None, "", "# nothing\n", "x", b"\xff"])
