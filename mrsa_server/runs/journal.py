@@ -242,13 +242,16 @@ class Journal:
             if book.claim.run_id == run_id:
                 book.cancel()
 
-    async def claim_lost(self, limit: int, models: Collection[str], of_batches: int | None = None) -> list[Claim]:
+    async def claim_lost(
+        self, limit: int, models: Collection[str], of_batches: int | None = None, spent: Collection[str] = ()
+    ) -> list[Claim]:
         """Take runs that were left behind; none for a lease's time after one in which leases could not be renewed.
 
         Args:
             limit: As the store.
             models: Likewise.
             of_batches: Likewise.
+            spent: Likewise.
 
         Raises:
             StoreUnavailable: As the store.
@@ -257,7 +260,7 @@ class Journal:
             await self.renew()  # or it would take its own runs
         if time.time() < self._claims_from:
             return []
-        return await self.store.claim_lost(limit, models, of_batches)
+        return await self.store.claim_lost(limit, models, of_batches, spent)
 
     def _renewed_within(self, share: float) -> bool:
         return 0 <= time.time() - self._renewed_at < share * self.store.lease_s

@@ -248,7 +248,7 @@ class Run:
     task: asyncio.Task[None] | None = field(default=None, repr=False)
     book: Book | None = field(default=None, repr=False)
     detached: bool = False
-    ticket: Ticket = field(default_factory=lambda: Ticket(None, counted=False), repr=False)
+    ticket: Ticket = field(default_factory=lambda: Ticket(None, batch=True), repr=False)
     batch: bool = False
     stored: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
     ended_at: float | None = None
@@ -477,7 +477,7 @@ class Runner:
             try:
                 # An engine that is asleep has to be woken for them too.
                 self._metrics.left_behind.set(0 if self.host.up else await journal.store.count_lost())
-                claims = await journal.claim_lost(max(0, room), served, max(0, of_batches))
+                claims = await journal.claim_lost(max(0, room), served, max(0, of_batches), self.tenants.spent())
                 for claim in claims:
                     await self._take_up(journal, claim, templates, revive)
             except StoreUnavailable as error:

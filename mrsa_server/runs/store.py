@@ -502,13 +502,16 @@ class RunStore:
             )
 
     @_whole("claim")
-    async def claim_lost(self, limit: int, models: Collection[str], of_batches: int | None = None) -> list[Claim]:
+    async def claim_lost(
+        self, limit: int, models: Collection[str], of_batches: int | None = None, spent: Collection[str] = ()
+    ) -> list[Claim]:
         """Take unfinished runs whose lease is over.
 
         Args:
             limit: Most of those for whom somebody waits. They come first, the oldest first.
             models: Those that are served here. A run that is to be cancelled, or whose time is over, may be of any.
             of_batches: Most of the others, which are lines of batches; None for what is left of `limit`.
+            spent: Keys whose lines of batches are left alone.
 
         Raises:
             StoreUnavailable: The database does not answer.
@@ -517,7 +520,8 @@ class RunStore:
         ours = or_(_runs.model.in_(models), _runs.cancel_requested, _runs.deadline_at < now)
         lost = select(_runs.run_id).where(_UNFINISHED, _runs.lease_until < now, ours)
         alone = lost.where(_runs.batch_id.is_(None)).order_by(_runs.created_at, _runs.run_id)
-        batched = lost.where(_runs.batch_id.is_not(None)).order_by(_runs.batch_id, _runs.batch_line)
+        held = and_(_runs.key_id.is_not(None), _runs.key_id.in_(spent), ~_runs.cancel_requested)
+        batched = lost.where(_runs.batch_id.is_not(None), ~held).order_by(_runs.batch_id, _runs.batch_line)
         found: list[Claim] = []
         if limit > 0:
             found += await self._claim(alone.limit(limit))

@@ -2,8 +2,10 @@
 
 Runs and tokens a minute are buckets that a minute fills. A run is let in for the tokens that it may cost at most, and
 gives back at its end what it did not use. One that may cost more than a minute's worth is let in when the bucket is
-full, and what it owes is paid off before the next: so no run is too large for a key, and the mean holds. Runs of
-batches are not counted: they yield to all others, and have places of their own.
+full, and what it owes is paid off before the next: so no run is too large for a key, and the mean holds.
+
+Lines of batches yield to all others and have places of their own. They have a bucket of tokens of their own too, as
+large as the other: while it is empty no further line of the key begins.
 """
 
 from __future__ import annotations
@@ -28,14 +30,14 @@ class Ticket:
 
     Attributes:
         key_id: Whose run it is.
-        counted: Whether it counts at all; a run of a batch does not.
+        batch: Whether it is a line of a batch: of that only tokens are counted, and it was let in by `spent`.
         tokens: Taken of the key's minute.
         committed: Taken of what all runs may cost together.
         begun: Whether it was let in for good.
     """
 
     key_id: str | None
-    counted: bool = True
+    batch: bool = False
     tokens: int = 0
     committed: int = 0
     begun: bool = False
@@ -71,6 +73,10 @@ class _Tenant:
         self.running = 0
         self.runs = _Bucket(now)
         self.tokens = _Bucket(now)
+        self.batch_tokens = _Bucket(now)
+
+    def tokens_of(self, ticket: Ticket) -> _Bucket:
+        return self.batch_tokens if ticket.batch else self.tokens
 
 
 class Tenants:
@@ -124,16 +130,31 @@ class Tenants:
 
     def adopt(self, key_id: str | None, *, batch: bool) -> Ticket:
         """Count a run that goes on from its log: it was let in before, and is never refused."""
-        ticket = Ticket(key_id, counted=not batch, begun=True)
-        if ticket.counted:
+        ticket = Ticket(key_id, batch=batch, begun=True)
+        if not batch:
             self._tenant(key_id).running += 1
         return ticket
 
     def resume(self, ticket: Ticket, state: State) -> None:
-        """What a run that was adopted has used before is not asked for again."""
-        if ticket.counted:
-            ticket.tokens = spent_tokens(state)
+        """What a run that was adopted has used before is not asked for again; a line of a batch pays for the rest."""
+        ticket.tokens = spent_tokens(state)
+        if not ticket.batch:
             self._commit(ticket, state.params, 0)
+        elif (per_minute := self._ring.limits(ticket.key_id).tokens_per_minute) is not None:
+            need, bucket = worst_tokens(state.params, 0), self._tenant(ticket.key_id).batch_tokens
+            bucket.left(per_minute, self._clock())
+            bucket.take(max(0, need - ticket.tokens))
+            ticket.tokens = max(need, ticket.tokens)
+
+    def spent(self) -> list[str]:
+        """Keys of which no line of a batch is to begin now."""
+        now = self._clock()
+        return [
+            key_id
+            for key_id in self._ring.ids
+            if (per_minute := self._ring.limits(key_id).tokens_per_minute) is not None
+            and self._tenant(key_id).batch_tokens.left(per_minute, now) <= 0
+        ]
 
     def admit(self, ticket: Ticket, params: Params, prompt_tokens: int, *, promised: bool = False) -> None:
         """Let a run begin for what it may cost at most.
@@ -148,7 +169,7 @@ class Tenants:
             RateLimited: It is more than what is left of the key's minute.
             OverBudget: It is more than what all runs may cost, beside the others.
         """
-        if not ticket.counted:
+        if ticket.batch:
             return
         need = worst_tokens(params, prompt_tokens)
         per_minute, tenant = self._ring.limits(ticket.key_id).tokens_per_minute, self._tenant(ticket.key_id)
@@ -182,15 +203,14 @@ class Tenants:
 
     def leave(self, ticket: Ticket, state: State | None) -> None:
         """A run has ended: what it did not use of its tokens is given back."""
-        if not ticket.counted:
-            return
         limits, tenant = self._ring.limits(ticket.key_id), self._tenant(ticket.key_id)
-        tenant.running -= 1
+        tenant.running -= not ticket.batch
         self.committed -= ticket.committed
         ticket.committed = 0
         if ticket.begun and limits.tokens_per_minute is not None:
-            tenant.tokens.left(limits.tokens_per_minute, self._clock())
-            tenant.tokens.take((0 if state is None else spent_tokens(state)) - ticket.tokens)
+            bucket = tenant.tokens_of(ticket)
+            bucket.left(limits.tokens_per_minute, self._clock())
+            bucket.take((0 if state is None else spent_tokens(state)) - ticket.tokens)
 
     def headers(self, key_id: str | None) -> dict[str, str]:
         """How a key stands, in OpenAI's words; nothing of what has no limit."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+import json
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,57 @@ def test_runs_of_batches_and_those_that_go_on_are_never_refused() -> None:
         found.leave(ticket, state)
     assert found.committed == 0
     found.admit(found.enter("a"), PLAIN, 0, promised=True)
+
+
+def test_lines_of_batches_have_as_many_tokens_for_themselves_and_wait_for_more() -> None:
+    found, clock = tenants(client("a", tokens_per_minute=600, concurrent_runs=1, runs_per_minute=1), client("b"))
+    state = init("run", PROBLEM, PLAIN, TEMPLATES)  # 100 tokens at most
+    lines = []
+    while not found.spent():
+        lines.append(found.adopt("a", batch=True))
+        found.resume(lines[-1], state)
+        other = found.adopt("b", batch=True)
+        found.resume(other, state)
+    assert len(lines) == 6
+    assert found.spent() == ["a"]
+    assert found.headers("a")["x-ratelimit-remaining-tokens"] == "600", "who waits for an answer is not held up"
+    found.admit(found.enter("a"), PLAIN, 0)
+    found.leave(lines[0], state)  # which used none
+    assert found.spent() == []
+    found.resume(found.adopt("a", batch=True), state)
+    assert found.spent() == ["a"]
+    clock.now += 1
+    assert found.spent() == []
+
+
+async def test_a_batch_of_a_key_that_is_spent_waits_and_those_of_others_do_not(tmp_path: Path) -> None:
+    poor, rich = client("poor", tokens_per_minute=1), client("rich")
+    async with in_memory(keys=ring(poor, rich), state_dir=tmp_path) as http:
+
+        async def batch(who: Client) -> str:
+            lines = [{"custom_id": str(n), "method": "POST", "url": CHAT, "body": ask(mrsa=SMALL)} for n in range(70)]
+            text = "\n".join(json.dumps(line) for line in lines)
+            form = {"files": {"file": ("b.jsonl", text)}, "data": {"purpose": "batch"}}
+            file = (await http.post("/v1/files", headers=who.headers, **form)).json()["id"]  # type: ignore[arg-type]
+            body = {"input_file_id": file, "endpoint": CHAT, "completion_window": "24h"}
+            return str((await http.post("/v1/batches", json=body, headers=who.headers)).json()["id"])
+
+        async def look(name: str, who: Client) -> dict[str, Any]:
+            return dict((await http.get(f"/v1/batches/{name}", headers=who.headers)).json())
+
+        async def until(name: str, who: Client, reached: Callable[[dict[str, Any]], bool]) -> None:
+            async with asyncio.timeout(20):
+                while not reached(await look(name, who)):  # noqa: ASYNC110 (nobody tells)
+                    await asyncio.sleep(0.05)
+
+        first = await batch(poor)
+        taken_at_once = 64
+        await until(first, poor, lambda found: found["request_counts"]["completed"] == taken_at_once)
+        second = await batch(rich)
+        await until(second, rich, lambda found: found["status"] == "completed")
+        assert (await look(first, poor))["request_counts"]["completed"] == taken_at_once
+        await http.post(f"/v1/batches/{first}/cancel", headers=poor.headers)
+        await until(first, poor, lambda found: found["status"] == "cancelled")
 
 
 @given(params=params_of_runs, key=st.integers(0, 10**6))
