@@ -180,7 +180,10 @@ async def until_begun(client: httpx.AsyncClient) -> dict[str, Any]:
 
 async def started(*words: object) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "mrsa_server", "batch", *map(str, words), stderr=asyncio.subprocess.PIPE
+        *(sys.executable, "-m", "mrsa_server", "batch", *map(str, words)),
+        stderr=asyncio.subprocess.PIPE,
+        # Tests that run in a shell's background inherit that it is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
