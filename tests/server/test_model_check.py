@@ -25,7 +25,8 @@ def test_a_whole_model_is_ok(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     said = capsys.readouterr().out
     assert "2 layers, 2 experts" in said
     assert "tensor_parallel_size 1, 2" in said
-    assert said.splitlines()[-1].startswith("ok: ")
+    assert said.splitlines()[-2].startswith("ok: ")
+    assert said.splitlines()[-1].strip() == f"mrsa serve --model {tmp_path}"
 
 
 def _without(shapes: Shapes) -> None:
@@ -67,6 +68,23 @@ def test_the_layout_of_the_fork_is_told_apart(tmp_path: Path) -> None:
     write_headers(tmp_path, shapes={"model.layers.1.zaya_block.router.down_proj.weight": (4, 16)})
     with pytest.raises(NotZaya, match="fork"):
         read(tmp_path)
+
+
+def test_it_is_told_apart_by_its_index_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_headers(tmp_path, shapes={"model.layers.1.zaya_block.router.down_proj.weight": (4, 16)})
+    (tmp_path / "model-0.safetensors").unlink()
+    assert main(["model", "check", str(tmp_path)]) == 1
+    assert "hf download Zyphra/ZAYA1-8B " in capsys.readouterr().err
+
+
+def test_a_name_is_looked_for_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert main(["model", "check", "me/mine"]) == 1
+    assert "hf download me/mine" in capsys.readouterr().err
+    assert main(["model", "check", "/me/mine/x"]) == 1
+    assert "hf download" not in capsys.readouterr().err
 
 
 def test_experts_in_a_layout_of_their_own_are_left_to_vllm(tmp_path: Path) -> None:
