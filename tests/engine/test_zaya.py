@@ -24,6 +24,7 @@ from tests.helpers.tiny_zaya import VOCABULARY, random_zaya, write_tiny_zaya
 pytestmark = pytest.mark.engine
 
 LARGEST_DIFFERENCE = 1e-4
+RETENTION = "prefix_cache_retention_interval"
 BLOCK_TOKENS = 32  # the least that vLLM's attention takes on CPU
 
 
@@ -71,10 +72,11 @@ class Served:
             "max_num_seqs": 16,
             "max_logprobs": -1,
             "enable_prefix_caching": True,
-            "prefix_cache_retention_interval": None,  # the state is kept at every block
             "distributed_executor_backend": "uni",
             "use_tqdm_on_load": False,
         }
+        if hasattr(EngineArgs, RETENTION):  # later than vLLM 0.26, which keeps the state at every block as here
+            args[RETENTION] = None
         self.engine = LLMEngine.from_engine_args(EngineArgs(**args | extra))
         self._count = 0
 
@@ -294,7 +296,7 @@ def test_chunks_of_any_size(tiny: Tiny, tokens: int) -> None:
     [
         pytest.param({"enable_prefix_caching": False}, [0, 0, 0], id="no-prefix-cache"),
         pytest.param({"disable_hybrid_kv_cache_manager": True}, [0, 32, 192], id="one-group-of-all-layers"),
-        pytest.param({"prefix_cache_retention_interval": 128}, [0, 32, 192], id="kept-every-128-tokens"),
+        pytest.param({RETENTION: 128}, [0, 32, 192], id="kept-every-128-tokens"),
         pytest.param({"block_size": 64}, [0, 0, 192], id="larger-blocks"),
     ],
 )
