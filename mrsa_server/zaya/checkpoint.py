@@ -110,7 +110,7 @@ class Checkpoint:
         return (
             *_some("missing", missing),
             *_some("not of ZAYA1 as transformers names it", unknown),
-            *(f"{name} has the shape {found[name]}, not {wanted[name]}" for name in wrong[:5]),
+            *(f"{name} has the shape {found[name]}, not {wanted[name]} as by config.json" for name in wrong[:5]),
             *((f"... and {len(wrong) - 5} more of a wrong shape",) if len(wrong) > 5 else ()),
             *_some(f"stored as {', '.join(sorted(set(odd.values())))}, without a quantization_config", sorted(odd)),
         )
@@ -149,24 +149,51 @@ def read(folder: Path) -> Checkpoint:
     return Checkpoint(full, tensors)
 
 
-def mend(error: NotZaya | None, model: str) -> str | None:
-    """The command that helps; None where none is known.
+class Fault(NamedTuple):
+    """Why a folder cannot be served.
+
+    Attributes:
+        texts: In words, one or more.
+        mend: The command that helps; None where none is known.
+        other: Whether it is another model, which may be served for all that is known here.
+    """
+
+    texts: tuple[str, ...]
+    mend: str | None
+    other: bool = False
+
+
+def examine(folder: Path, model: str) -> tuple[Checkpoint | None, Fault | None]:
+    """Read a folder and look for all that is wrong with it.
 
     Args:
-        error: Of `read`; None where a model was read that has problems.
-        model: A folder, or a name at Hugging Face.
+        folder: Where the model lies.
+        model: What it was asked for as: the folder, or a name at Hugging Face.
     """
-    if isinstance(error, OtherModel):
-        return None
-    if isinstance(error, OtherLayout):
-        return f"hf download {PUBLISHED}   # is as transformers has it; then serve it by that name"
-    again = "" if isinstance(error, Incomplete) else "--force-download "
+    try:
+        checkpoint = read(folder)
+    except OtherModel as error:
+        return None, Fault((str(error),), None, other=True)
+    except OtherLayout as error:
+        return None, Fault(
+            (str(error),), f"hf download {PUBLISHED}   # is as transformers has it: serve it by that name"
+        )
+    except NotZaya as error:
+        return None, Fault((str(error),), _again(model, isinstance(error, Incomplete)))
+    problems, lacks = checkpoint.problems(), tuple(_lacking(folder))
+    if not problems and not lacks:
+        return checkpoint, None
+    return checkpoint, Fault((*problems, *lacks), _again(model, not problems))
+
+
+def _again(model: str, incomplete: bool) -> str:
+    forced = "" if incomplete else "--force-download "
     if Path(model).is_dir():
-        return f"hf download {again}{PUBLISHED} --local-dir {quote(model)}   # if it is a copy of that"
-    return f"hf download {again}{model}"
+        return f"hf download {forced}{PUBLISHED} --local-dir {quote(model)}   # if it is a copy of that"
+    return f"hf download {forced}{model}"
 
 
-def beside(folder: Path) -> Iterator[str]:
+def _lacking(folder: Path) -> Iterator[str]:
     """What else a server needs of a folder and does not find, in words."""
     if not any((folder / name).exists() for name in _TOKENIZERS):
         yield f"no tokenizer ({' or '.join(_TOKENIZERS)})"

@@ -13,7 +13,7 @@ from mrsa_server.cli import main
 from mrsa_server.doctor import Facts, Finding, Level, diagnose, look
 from mrsa_server.gpus import Gpu, Gpus, find_gpus
 from mrsa_server.hub import find_model, hub_cache, offline
-from mrsa_server.zaya.checkpoint import read
+from mrsa_server.zaya.checkpoint import Fault, read
 from tests.helpers.zaya_files import write_headers
 
 GIB = 1 << 30
@@ -68,7 +68,11 @@ def test_a_model_that_is_not_there_is_loaded_down_at_the_first_start() -> None:
         (replace(GOOD, gpus=Gpus()), "there is no GPU here", "make venv-cpu"),
         (replace(GOOD, model="/models/zaya"), "no folder here", None),
         (replace(CPU, memory_bytes=8 * GIB), "too little even for the CPU", "mrsa serve --engine openai"),
-        (replace(GOOD, folder=Path("/m"), trouble="missing: x", mend="hf download x"), "missing: x", "hf download x"),
+        (
+            replace(GOOD, folder=Path("/m"), fault=Fault(("missing: x",), "hf download x")),
+            "missing: x",
+            "hf download x",
+        ),
         (replace(GOOD, gpus=Gpus((MI300,))), "the GPUs here are of AMD", "for ROCm"),
         (replace(GOOD, vllm=None, gpus=Gpus((MI300,))), "not installed", "for ROCm"),
         (replace(GOOD, vllm=("vllm", "0.30.0+rocm721")), "the GPUs here are of NVIDIA", "mrsa-server[vllm]"),

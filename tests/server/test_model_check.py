@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 
 from mrsa_server.cli import main
+from mrsa_server.engines import CannotServe
+from mrsa_server.engines.vllm import VllmEngine, _check_folder
+from mrsa_server.runs.host import EngineHost, Health
 from mrsa_server.zaya.checkpoint import NotZaya, expected, read
 from tests.helpers.zaya_files import SMALL, write_headers
 
@@ -213,3 +216,23 @@ def test_a_name_does_not_steer_the_terminal(tmp_path: Path) -> None:
     write_headers(tmp_path, shapes=dict(expected(SMALL)) | {"a\x1b[31m": (1,)})
     (problem,) = read(tmp_path).problems()
     assert problem.isprintable()
+
+
+async def test_a_broken_model_is_refused_before_vllm_is_looked_for(tmp_path: Path) -> None:
+    write_headers(tmp_path)
+    (tmp_path / "model-0.safetensors").unlink()
+    engine = VllmEngine(str(tmp_path))
+    with pytest.raises(CannotServe, match=r"lacks 1 of its 2 files: model-0.safetensors\n +hf download") as caught:
+        await engine.start()
+    host = EngineHost(engine)
+    await host.run()
+    assert host.health is Health.FAILED
+    assert host.reason == str(caught.value)
+
+
+@pytest.mark.parametrize("extra", [{"load_format": "dummy"}, {"hf_overrides": {"head_dim": 8}}])
+def test_what_is_not_loaded_as_it_lies_is_left_to_vllm(tmp_path: Path, extra: dict[str, object]) -> None:
+    write_headers(tmp_path)
+    (tmp_path / "model-0.safetensors").unlink()
+    _check_folder({"model": str(tmp_path), **extra})
+    _check_folder({"model": "Zyphra/ZAYA1-8B"})
