@@ -27,9 +27,10 @@ from mrsa_server.engines.prompting import ChatMessage, PromptIds, chat_messages
 from mrsa_server.engines.tokens import Pieces, Tokens
 from mrsa_server.zaya import ARCHITECTURE
 from mrsa_server.zaya.checkpoint import examine
+from mrsa_server.zaya.ranks import check_ranks
 
 if TYPE_CHECKING:
-    from vllm.config import CacheConfig, SchedulerConfig
+    from vllm.config import CacheConfig, SchedulerConfig, VllmConfig
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -43,6 +44,8 @@ _INTERVAL = "prefix_cache_retention_interval"
 
 # Arguments with which what is loaded is not what lies in the folder.
 _READ_OTHERWISE = frozenset({"hf_config_path", "hf_overrides", "load_format", "skip_tokenizer_init", "tokenizer"})
+
+_BESIDE_KIB = 1 << 20  # of vLLM's other processes, which start later
 
 INSTALL = "vLLM is not installed: `pip install 'mrsa-server[vllm]'` on a GPU machine, `make venv-cpu` on one without"
 
@@ -240,11 +243,12 @@ class _Vllm:
         from vllm.platforms import current_platform
         from vllm.usage.usage_lib import UsageContext
 
-        mended = {"worker_cls": "mrsa_server.engines.vllm_cpu.Worker"} if current_platform.is_cpu() else {}
-        made = self._args(**mended | dict(args))
+        made = self._args(**(_for_cpu() if current_platform.is_cpu() else {}) | dict(args))
         config = made.create_engine_config(UsageContext.ENGINE_CONTEXT)
-        if config.model_config.architecture == ARCHITECTURE and _INTERVAL not in args:
-            _keep_states(config.cache_config)
+        if config.model_config.architecture == ARCHITECTURE:
+            _check_ranks(config)
+            if _INTERVAL not in args:
+                _keep_states(config.cache_config)
         reason = self._hold_back(config.scheduler_config)
         if reason is not None:
             log.warning("vLLM sends every token by itself, which costs the server more", reason=reason)
@@ -310,6 +314,24 @@ class _Vllm:
         )
 
 
+def _for_cpu(meminfo: Path = Path("/proc/meminfo")) -> dict[str, object]:
+    """Arguments that vLLM's CPU build starts with where its own would not do.
+
+    Args:
+        meminfo: What the kernel tells of the memory.
+    """
+    mended: dict[str, object] = {"worker_cls": "mrsa_server.engines.vllm_cpu.Worker"}
+    try:
+        lines = (line.split() for line in meminfo.read_text().splitlines())
+        kib = {words[0]: int(words[1]) for words in lines if len(words) > 1}
+        free, total = kib["MemAvailable:"], kib["MemTotal:"]
+    except (OSError, KeyError, ValueError):
+        return mended
+    # vLLM wants 0.92 of the machine's memory, and does not start where other programs have more than the rest.
+    share = (0.9 * free - _BESIDE_KIB) / total
+    return {**mended, "gpu_memory_utilization": round(max(share, 0.01), 3)}
+
+
 def _check_folder(args: Mapping[str, object]) -> None:
     """Say at once what vLLM finds out of a ZAYA1 in a folder after half a minute, and says in two hundred lines.
 
@@ -322,6 +344,18 @@ def _check_folder(args: Mapping[str, object]) -> None:
     _, fault = examine(Path(folder), folder)
     if fault and not fault.other:
         raise CannotServe("; ".join(fault.texts) + (f"\n    {fault.mend}" if fault.mend else ""))
+
+
+def _check_ranks(config: VllmConfig) -> None:
+    """As `_check_folder`, of how a ZAYA1 is to be divided.
+
+    Raises:
+        CannotServe: It cannot be.
+    """
+    try:
+        check_ranks(config.model_config.hf_config, config.parallel_config)
+    except ValueError as error:
+        raise CannotServe(f"--engine-args: {error}") from error
 
 
 def _keep_states(config: CacheConfig) -> None:

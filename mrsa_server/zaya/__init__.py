@@ -2,7 +2,7 @@
 
 `model` is the network, `cca` its attention, `state` what that attention remembers of a sequence, `router` its experts;
 `versions` holds what differs between vLLM's releases, `tool_calls` the parser for a plain `vllm serve`. `checkpoint`
-reads a folder with neither vLLM nor torch.
+reads a folder and `ranks` knows how it can be divided, with neither vLLM nor torch.
 """
 
 from __future__ import annotations

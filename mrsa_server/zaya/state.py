@@ -185,9 +185,6 @@ class CcaState(nn.Module, AttentionLayerBase):  # type: ignore[misc]
         head_dim: Its.
         cache_config: vLLM's.
         prefix: The layer's name, unique and with its index.
-
-    Raises:
-        ValueError: The tokens of a sequence are to be divided between ranks.
     """
 
     def __init__(
@@ -195,13 +192,6 @@ class CcaState(nn.Module, AttentionLayerBase):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         config = get_current_vllm_config()
-        for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
-            ranks = getattr(config.parallel_config, name)
-            if ranks > 1:
-                raise ValueError(
-                    f"{name}={ranks} divides the tokens of a sequence between ranks, and ZAYA1 makes each key of the "
-                    "tokens before it too. Use data parallelism for more GPUs"
-                )
         self.prefix, self.width, self.window = prefix, width, window
         # One more than is read, for a step of one token writes first; and drafts that are rejected are overwritten.
         self.ring = window + 1 + (config.num_speculative_tokens if config.speculative_config else 0)

@@ -6,10 +6,13 @@ import gc
 import os
 import random
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -348,6 +351,15 @@ def test_whatever_comes_when(narrow: Served, tiny: Tiny, data: st.DataObject) ->
     expect_same(tiny.reference, asks, narrow.answer(asks))
 
 
+def test_drafts_that_are_rejected_leave_nothing_behind(tiny: Tiny) -> None:
+    """They were written into the state, and are overwritten."""
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    with serving(tiny.folder, speculative_config=drafts, max_num_batched_tokens=128) as served:
+        asks = [Ask(prompt(length), 40, after) for length, after in ((1, 0), (31, 0), (64, 1), (129, 2))]
+        for _ in range(2):
+            expect_same(tiny.reference, asks, served.answer(asks))
+
+
 def test_experts_without_tokens_and_the_one_that_does_nothing(tmp_path: Path) -> None:
     import torch
 
@@ -442,12 +454,24 @@ def test_two_ranks_say_what_one_says(tmp_path: Path, monkeypatch: pytest.MonkeyP
             expect_same(model.reference, asks, served.answer(asks))
 
 
-def test_more_ranks_than_key_heads_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton, to interpret its kernels")
+def test_the_second_model_runner_says_the_same(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.engine.second_runner", str(tmp_path)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_the_model_refuses_ranks_that_it_cannot_be_divided_between() -> None:
+    """Also in a plain `vllm serve`."""
     from types import SimpleNamespace
 
-    from mrsa_server.zaya import cca
+    from mrsa_server.zaya.model import ZayaForCausalLM
 
-    monkeypatch.setattr(cca, "get_tensor_model_parallel_world_size", lambda: 4)
-    monkeypatch.setattr(cca, "get_tensor_model_parallel_rank", lambda: 0)
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=SimpleNamespace(num_key_value_heads=2)),
+        parallel_config=SimpleNamespace(tensor_parallel_size=4),
+        compilation_config=None,
+        quant_config=None,
+    )
     with pytest.raises(ValueError, match="tensor_parallel_size=4 does not divide the 2 key-value heads"):
-        cca.CcaAttention(SimpleNamespace(num_key_value_heads=2), 0, None, None, "")
+        ZayaForCausalLM(vllm_config=config)

@@ -220,14 +220,3 @@ def test_blocks_hold_the_state_of_the_real_model_or_say_how_large_they_must_be(
     else:
         with pytest.raises(ValueError, match=f"--block-size {least} or more"):
             CcaState.get_kv_cache_spec(layer, config)
-
-
-@pytest.mark.parametrize("name", ["decode_context_parallel_size", "prefill_context_parallel_size"])
-def test_contexts_that_are_divided_between_ranks_are_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    from mrsa_server.zaya import state
-
-    sizes = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1, name: 2}
-    config = SimpleNamespace(parallel_config=SimpleNamespace(**sizes))
-    monkeypatch.setattr(state, "get_current_vllm_config", lambda: config)
-    with pytest.raises(ValueError, match=f"{name}=2 divides the tokens"):
-        state.CcaState(8, 2, 2, 64, None, "x")

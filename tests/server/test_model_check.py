@@ -14,7 +14,7 @@ import pytest
 
 from mrsa_server.cli import main
 from mrsa_server.engines import CannotServe
-from mrsa_server.engines.vllm import VllmEngine, _check_folder
+from mrsa_server.engines.vllm import VllmEngine, _check_folder, _for_cpu
 from mrsa_server.runs.host import EngineHost, Health
 from mrsa_server.zaya.checkpoint import NotZaya, expected, read
 from tests.helpers.zaya_files import SMALL, write_headers
@@ -228,6 +228,13 @@ async def test_a_broken_model_is_refused_before_vllm_is_looked_for(tmp_path: Pat
     await host.run()
     assert host.health is Health.FAILED
     assert host.reason == str(caught.value)
+
+
+def test_vllm_on_a_cpu_takes_what_is_free(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    assert _for_cpu(meminfo) == {"worker_cls": "mrsa_server.engines.vllm_cpu.Worker"}
+    meminfo.write_text("MemTotal:       33554432 kB\nMemFree:         1000 kB\nMemAvailable:   16777216 kB\n")
+    assert _for_cpu(meminfo)["gpu_memory_utilization"] == 0.419  # 0.9 of the half, less 1 of 32 GiB
 
 
 @pytest.mark.parametrize("extra", [{"load_format": "dummy"}, {"hf_overrides": {"head_dim": 8}}])
