@@ -22,6 +22,7 @@ _MAX_HEADER_BYTES = 100_000_000  # safetensors' own bound
 _PLAIN = frozenset({"BF16", "F16", "F32", "F64"})  # what weights are that need no scale beside them
 _LAYER_TYPES = ("hybrid", "hybrid_sliding")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+_TEMPLATE, _SETTINGS = "chat_template.jinja", "tokenizer_config.json"
 _FORK = "{folder} is laid out for Zyphra's own fork of vLLM, not as transformers 5.16 and later do"
 
 # Of `ZayaConfig`; a file leaves out what is as here.
@@ -197,6 +198,13 @@ def _lacking(folder: Path) -> Iterator[str]:
     """What else a server needs of a folder and does not find, in words."""
     if not any((folder / name).exists() for name in _TOKENIZERS):
         yield f"no tokenizer ({' or '.join(_TOKENIZERS)})"
+    elif not (folder / _TEMPLATE).exists():
+        try:
+            settings = _object(_SETTINGS, (folder / _SETTINGS).read_bytes())
+        except (OSError, ValueError):
+            settings = {}
+        if not settings.get("chat_template"):
+            yield f"no chat template ({_TEMPLATE}, or chat_template in {_SETTINGS})"
 
 
 def expected(config: Mapping[str, Any]) -> Iterator[tuple[str, Shape]]:

@@ -465,7 +465,8 @@ def test_the_model_refuses_ranks_that_it_cannot_be_divided_between() -> None:
     """Also in a plain `vllm serve`."""
     from types import SimpleNamespace
 
-    from mrsa_server.zaya.model import ZayaForCausalLM
+    with warnings.catch_warnings(action="ignore"):
+        from mrsa_server.zaya.model import ZayaForCausalLM
 
     config = SimpleNamespace(
         model_config=SimpleNamespace(hf_config=SimpleNamespace(num_key_value_heads=2)),

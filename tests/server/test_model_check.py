@@ -218,6 +218,20 @@ def test_a_name_does_not_steer_the_terminal(tmp_path: Path) -> None:
     assert problem.isprintable()
 
 
+@pytest.mark.parametrize(
+    ("settings", "status"), [(None, 1), ("{", 1), ('{"chat_template": null}', 1), ('{"chat_template": "x"}', 0)]
+)
+def test_a_chat_template_is_looked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: str | None, status: int
+) -> None:
+    write_headers(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    if settings is not None:
+        (tmp_path / "tokenizer_config.json").write_text(settings)
+    assert main(["model", "check", str(tmp_path)]) == status
+    assert ("no chat template" in capsys.readouterr().err) == bool(status)
+
+
 async def test_a_broken_model_is_refused_before_vllm_is_looked_for(tmp_path: Path) -> None:
     write_headers(tmp_path)
     (tmp_path / "model-0.safetensors").unlink()
