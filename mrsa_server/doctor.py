@@ -15,6 +15,7 @@ from enum import Enum
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 from mrsa_server import __version__
@@ -259,7 +260,9 @@ def _model(facts: Facts) -> Iterator[Finding]:
     elif facts.checkpoint is not None:
         size = _size(facts.checkpoint.weight_bytes)
         yield Finding(
-            Level.GOOD, f"{facts.model} is on this disk, {size}: {facts.folder}", f"mrsa serve --model {facts.model}"
+            Level.GOOD,
+            f"{facts.model} is on this disk, {size}: {facts.folder}",
+            f"mrsa serve --model {quote(facts.model)}",
         )
 
 
