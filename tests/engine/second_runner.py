@@ -1,4 +1,4 @@
-"""ZAYA1 on vLLM's second model runner, which GPUs take by default since 0.32: `python -m tests.engine.second_runner`.
+"""ZAYA1 on vLLM's second model runner, which 0.32 takes where Triton works: `python -m tests.engine.second_runner DIR`.
 
 It needs Triton, which has no compiler for CPUs in its wheel; so its kernels are interpreted. A process of its own, for
 all of that is settled at the import of vLLM.
