@@ -6,9 +6,10 @@ import argparse
 import math
 import sys
 from collections import Counter
-from pathlib import Path
+from shlex import quote
 
-from mrsa_server.zaya.checkpoint import Checkpoint, NotZaya, read
+from mrsa_server.hub import download, find_model, hub_cache
+from mrsa_server.zaya.checkpoint import Checkpoint, examine
 
 _WRONG = 1
 
@@ -17,25 +18,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to do with which folder."""
     parser.epilog = f"No weight is loaded and no GPU needed. Exits with {_WRONG} if the model cannot be served."
     parser.add_argument("action", choices=("check",), help="compare names and shapes with those that ZAYA1 has")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="with `config.json` and `*.safetensors`")
+    parser.add_argument(
+        "model",
+        metavar="DIR|NAME",
+        help="a folder with `config.json` and `*.safetensors`, or a name that Hugging Face's cache has",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Say what is there and what is wrong with it; the exit status."""
-    try:
-        checkpoint = read(arguments.folder)
-    except NotZaya as error:
-        print(f"mrsa model: {error}", file=sys.stderr)
-        return _WRONG
-    print("\n".join(describe(checkpoint)))
-    problems = checkpoint.problems()
-    for problem in problems:
-        print(f"mrsa model: {problem}", file=sys.stderr)
-    if problems:
-        return _WRONG
+    model: str = arguments.model
+    folder = find_model(model)
+    if folder is None:
+        return _wrong((f"{model!r} is no folder here, and not in {hub_cache()}",), download(model))
+    checkpoint, fault = examine(folder, model)
+    if checkpoint:
+        print("\n".join(describe(checkpoint)))
+    if fault or not checkpoint:
+        return _wrong(*fault[:2]) if fault else _WRONG
     unread = ", but for its experts, whose layout is vLLM's to read" if checkpoint.quantized else ""
     print(f"ok: {len(checkpoint.tensors)} tensors, each of the name and shape that ZAYA1 has{unread}")
+    print(f"    mrsa serve --model {quote(model)}")
     return 0
+
+
+def _wrong(texts: tuple[str, ...], command: str | None) -> int:
+    for line in texts:
+        print(f"mrsa model: {line}", file=sys.stderr)
+    if command:
+        print(f"    {command}", file=sys.stderr)
+    return _WRONG
 
 
 def describe(checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -199,21 +199,39 @@ class CallReader:
         tool = next((tool for tool in self._tools if tool.name == name), None)
         if tool is None:
             return None
-        arguments = {key: _typed(value.strip("\n"), key, tool) for key, value in _PARAMETER.findall(body)}
+        arguments = {key: _typed(value, key, tool) for key, value in _PARAMETER.findall(body)}
         return Call(name, orjson.dumps(arguments).decode())
+
+
+_PYTHON = {"True": True, "False": False, "None": None}  # chat templates have shown models these, for JSON's
 
 
 def _typed(text: str, name: str, tool: Tool) -> object:
     """A parameter's text as the type that the tool's schema gives it; as text where it does not fit."""
+    text = text.removeprefix("\n").removesuffix("\n")  # those of the notation; others are the value's own
     properties = tool.parameters.get("properties")
     schema = properties.get(name) if isinstance(properties, dict) else None
-    kind = schema.get("type") if isinstance(schema, dict) else None
-    if kind == "string":
-        return text
+    kinds = _kinds(schema)
+    word = text.strip()
+    if "string" in kinds:
+        return None if "null" in kinds and word in {"null", "None"} else text
+    if word in _PYTHON and kinds & {"boolean", "null"}:
+        return _PYTHON[word]
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError:
         return text
+
+
+def _kinds(schema: object) -> set[str]:
+    """The types that a schema names, itself and as alternatives."""
+    if not isinstance(schema, dict):
+        return set()
+    several = [schema.get(word) for word in ("anyOf", "oneOf")]
+    shapes = [schema, *(shape for shapes in several if isinstance(shapes, list) for shape in shapes)]
+    named = [shape.get("type") for shape in shapes if isinstance(shape, dict)]
+    kinds = [kind for one in named for kind in (one if isinstance(one, list) else [one])]
+    return {kind for kind in kinds if isinstance(kind, str)}
 
 
 def _partial_suffix(text: str, marks: Sequence[str]) -> int:

@@ -7,3 +7,7 @@ UNWATCHED_INTERVAL = 128
 # 16 deltas a second each. A delta costs the server some 0.1 ms, however many tokens it has.
 WATCHED_DELTAS_PER_S = 1000.0
 LONGEST_WAIT_S = 0.5  # however many are watched
+
+
+class CannotServe(ValueError):
+    """An engine was given what it cannot serve. The words say all: no trace of where that was found helps."""

@@ -15,19 +15,22 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
 
 from harness.engine import Delta, EngineDead, EngineError, Vocabulary
 from harness.types import Finish, Message, RolloutRequest, Tail, TokenIds
-from mrsa_server.engines import UNWATCHED_INTERVAL
+from mrsa_server.engines import UNWATCHED_INTERVAL, CannotServe
 from mrsa_server.engines.prompting import ChatMessage, PromptIds, chat_messages
 from mrsa_server.engines.tokens import Pieces, Tokens
 from mrsa_server.zaya import ARCHITECTURE
+from mrsa_server.zaya.checkpoint import examine
+from mrsa_server.zaya.ranks import check_ranks
 
 if TYPE_CHECKING:
-    from vllm.config import CacheConfig, SchedulerConfig
+    from vllm.config import CacheConfig, SchedulerConfig, VllmConfig
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -38,6 +41,11 @@ _CHARACTERS_PER_TOKEN = 4  # of English; what has more for each token of the con
 # each of them it would halve what the prefix cache holds.
 _STATE_TOKENS = 128
 _INTERVAL = "prefix_cache_retention_interval"
+
+# Arguments with which what is loaded is not what lies in the folder.
+_READ_OTHERWISE = frozenset({"hf_config_path", "hf_overrides", "load_format", "skip_tokenizer_init", "tokenizer"})
+
+_BESIDE_KIB = 1 << 20  # of vLLM's other processes, which start later
 
 INSTALL = "vLLM is not installed: `pip install 'mrsa-server[vllm]'` on a GPU machine, `make venv-cpu` on one without"
 
@@ -103,8 +111,10 @@ class VllmEngine:
 
         Raises:
             ImportError: vLLM is missing.
+            CannotServe: The model is a ZAYA1 that cannot be loaded.
             Exception: vLLM's own, where it cannot load the model.
         """
+        await asyncio.to_thread(_check_folder, self._args)
         self._vllm = await asyncio.to_thread(_Vllm)
         self._loading = asyncio.create_task(asyncio.to_thread(self._vllm.load, self._args))
         llm = await asyncio.shield(self._loading)  # a thread cannot be cancelled: `aclose` waits for it
@@ -233,11 +243,12 @@ class _Vllm:
         from vllm.platforms import current_platform
         from vllm.usage.usage_lib import UsageContext
 
-        mended = {"worker_cls": "mrsa_server.engines.vllm_cpu.Worker"} if current_platform.is_cpu() else {}
-        made = self._args(**mended | dict(args))
+        made = self._args(**(_for_cpu() if current_platform.is_cpu() else {}) | dict(args))
         config = made.create_engine_config(UsageContext.ENGINE_CONTEXT)
-        if config.model_config.architecture == ARCHITECTURE and _INTERVAL not in args:
-            _keep_states(config.cache_config)
+        if config.model_config.architecture == ARCHITECTURE:
+            _check_ranks(config)
+            if _INTERVAL not in args:
+                _keep_states(config.cache_config)
         reason = self._hold_back(config.scheduler_config)
         if reason is not None:
             log.warning("vLLM sends every token by itself, which costs the server more", reason=reason)
@@ -301,6 +312,50 @@ class _Vllm:
             output_kind=self._params.RequestOutputKind.DELTA,
             **fields,
         )
+
+
+def _for_cpu(meminfo: Path = Path("/proc/meminfo")) -> dict[str, object]:
+    """Arguments that vLLM's CPU build starts with where its own would not do.
+
+    Args:
+        meminfo: What the kernel tells of the memory.
+    """
+    mended: dict[str, object] = {"worker_cls": "mrsa_server.engines.vllm_cpu.Worker"}
+    try:
+        lines = (line.split() for line in meminfo.read_text().splitlines())
+        kib = {words[0]: int(words[1]) for words in lines if len(words) > 1}
+        free, total = kib["MemAvailable:"], kib["MemTotal:"]
+    except (OSError, KeyError, ValueError):
+        return mended
+    # vLLM wants 0.92 of the machine's memory, and does not start where other programs have more than the rest.
+    share = (0.9 * free - _BESIDE_KIB) / total
+    return {**mended, "gpu_memory_utilization": round(max(share, 0.01), 3)}
+
+
+def _check_folder(args: Mapping[str, object]) -> None:
+    """Say at once what vLLM finds out of a ZAYA1 in a folder after half a minute, and says in two hundred lines.
+
+    Raises:
+        CannotServe: It cannot be loaded.
+    """
+    folder = str(args["model"])
+    if not os.path.isdir(folder) or not _READ_OTHERWISE.isdisjoint(args) or any(Path(folder).glob("*.bin")):
+        return
+    _, fault = examine(Path(folder), folder)
+    if fault and not fault.other:
+        raise CannotServe("; ".join(fault.texts) + (f"\n    {fault.mend}" if fault.mend else ""))
+
+
+def _check_ranks(config: VllmConfig) -> None:
+    """As `_check_folder`, of how a ZAYA1 is to be divided.
+
+    Raises:
+        CannotServe: It cannot be.
+    """
+    try:
+        check_ranks(config.model_config.hf_config, config.parallel_config)
+    except ValueError as error:
+        raise CannotServe(f"--engine-args: {error}") from error
 
 
 def _keep_states(config: CacheConfig) -> None:

@@ -9,6 +9,7 @@ import structlog
 
 from harness.engine import EngineDead
 from mrsa_server.api.errors import EngineUnavailable
+from mrsa_server.engines import CannotServe
 from mrsa_server.engines.build import ServedEngine, memory_tokens
 
 _POLL_S = 0.25
@@ -66,10 +67,13 @@ class EngineHost:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _SLOWEST_POLL_S)
             except Exception as error:
-                self.health, self.reason = Health.FAILED, f"{type(error).__name__}: {error}"
+                plain = isinstance(error, CannotServe)
+                self.health = Health.FAILED
+                self.reason = str(error) if plain else f"{type(error).__name__}: {error}"
                 self._up.set()  # nobody waits for what never comes
                 # Something that is not installed needs no trace of where it was missed.
-                log.error("engine cannot start", reason=self.reason, exc_info=not isinstance(error, ImportError))
+                traced = not (plain or isinstance(error, ImportError))
+                log.error("engine cannot start", reason=self.reason, exc_info=traced)
                 return
             else:
                 self._rise()

@@ -29,9 +29,6 @@ class CcaAttention(nn.Module):  # type: ignore[misc]  # torch is no typed packag
         cache_config: vLLM's.
         quant_config: vLLM's.
         prefix: The layer's name.
-
-    Raises:
-        ValueError: Its heads cannot be divided between the ranks.
     """
 
     def __init__(
@@ -44,11 +41,6 @@ class CcaAttention(nn.Module):  # type: ignore[misc]  # torch is no typed packag
     ) -> None:
         super().__init__()
         ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
-        if config.num_key_value_heads % ranks:
-            raise ValueError(
-                f"tensor_parallel_size={ranks} does not divide the {config.num_key_value_heads} key-value heads of "
-                "ZAYA1: its keys are made of all the queries of their group. Use data parallelism for more GPUs"
-            )
         self.head_dim: int = config.head_dim
         self.num_kv_heads = config.num_key_value_heads // ranks
         self.num_heads = config.num_attention_heads // ranks

@@ -7,9 +7,12 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 from mrsa_server.zaya import ARCHITECTURE
+
+PUBLISHED = "Zyphra/ZAYA1-8B"  # at Hugging Face
 
 Shape = tuple[int, ...]
 
@@ -18,6 +21,9 @@ _BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "F8_E5M2": 1, "U8": 1, "I
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own bound
 _PLAIN = frozenset({"BF16", "F16", "F32", "F64"})  # what weights are that need no scale beside them
 _LAYER_TYPES = ("hybrid", "hybrid_sliding")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+_TEMPLATE, _SETTINGS = "chat_template.jinja", "tokenizer_config.json"
+_FORK = "{folder} is laid out for Zyphra's own fork of vLLM, not as transformers 5.16 and later do"
 
 # Of `ZayaConfig`; a file leaves out what is as here.
 _DEFAULTS: Mapping[str, Any] = {
@@ -41,6 +47,18 @@ _DEFAULTS: Mapping[str, Any] = {
 
 class NotZaya(ValueError):
     """The folder holds no ZAYA1 that can be read."""
+
+
+class OtherModel(NotZaya):
+    """It holds another model, which vLLM may well know."""
+
+
+class OtherLayout(NotZaya):
+    """It holds a ZAYA1 whose weights are named and cut as Zyphra's fork of vLLM has them."""
+
+
+class Incomplete(NotZaya):
+    """Files are missing that its index names, or all of its weights."""
 
 
 class Stored(NamedTuple):
@@ -93,7 +111,7 @@ class Checkpoint:
         return (
             *_some("missing", missing),
             *_some("not of ZAYA1 as transformers names it", unknown),
-            *(f"{name} has the shape {found[name]}, not {wanted[name]}" for name in wrong[:5]),
+            *(f"{name} has the shape {found[name]}, not {wanted[name]} as by config.json" for name in wrong[:5]),
             *((f"... and {len(wrong) - 5} more of a wrong shape",) if len(wrong) > 5 else ()),
             *_some(f"stored as {', '.join(sorted(set(odd.values())))}, without a quantization_config", sorted(odd)),
         )
@@ -108,20 +126,85 @@ def read(folder: Path) -> Checkpoint:
     try:
         config = _object("config.json", (folder / "config.json").read_bytes())
         architectures = config.get("architectures")
-        tensors = {name: tensor for file in _files(folder) for name, tensor in _header(file)}
+        if not isinstance(architectures, list) or ARCHITECTURE not in architectures:
+            raise OtherModel(f"{folder} holds {architectures}, not {ARCHITECTURE}")
+        files, names = _files(folder)
+        if any(map(_of_the_fork, names)):
+            raise OtherLayout(_FORK.format(folder=folder))
+        absent = [file.name for file in files if not file.exists()]
+        if absent:
+            raise Incomplete("; ".join(_some(f"{folder} lacks {len(absent)} of its {len(files)} files", absent)))
+        tensors = {name: tensor for file in files for name, tensor in _header(file)}
+    except NotZaya:
+        raise
     except (OSError, ValueError) as error:
         raise NotZaya(f"{folder} cannot be read: {error}") from error
-    if not isinstance(architectures, list) or ARCHITECTURE not in architectures:
-        raise NotZaya(f"{folder} holds {architectures}, not {ARCHITECTURE}")
     if not tensors:
-        raise NotZaya(f"{folder} holds no weights (*.safetensors)")
-    if any(".zaya_block." in name for name in tensors):
-        raise NotZaya(f"{folder} is laid out for Zyphra's own fork of vLLM, not as transformers 5.16 and later do")
+        raise Incomplete(f"{folder} holds no weights (*.safetensors)")
+    if any(map(_of_the_fork, tensors)):
+        raise OtherLayout(_FORK.format(folder=folder))
     full = {**_DEFAULTS, **config}
     trouble = next(_refused(full, len(tensors)), None)
     if trouble is not None:
         raise NotZaya(f"{folder}/config.json: {trouble}")
     return Checkpoint(full, tensors)
+
+
+class Fault(NamedTuple):
+    """Why a folder cannot be served.
+
+    Attributes:
+        texts: In words, one or more.
+        mend: The command that helps; None where none is known.
+        other: Whether it is another model, which may be served for all that is known here.
+    """
+
+    texts: tuple[str, ...]
+    mend: str | None
+    other: bool = False
+
+
+def examine(folder: Path, model: str) -> tuple[Checkpoint | None, Fault | None]:
+    """Read a folder and look for all that is wrong with it.
+
+    Args:
+        folder: Where the model lies.
+        model: What it was asked for as: the folder, or a name at Hugging Face.
+    """
+    try:
+        checkpoint = read(folder)
+    except OtherModel as error:
+        return None, Fault((str(error),), None, other=True)
+    except OtherLayout as error:
+        return None, Fault(
+            (str(error),), f"hf download {PUBLISHED}   # is as transformers has it: serve it by that name"
+        )
+    except NotZaya as error:
+        return None, Fault((str(error),), _again(model, isinstance(error, Incomplete)))
+    problems, lacks = checkpoint.problems(), tuple(_lacking(folder))
+    if not problems and not lacks:
+        return checkpoint, None
+    return checkpoint, Fault((*problems, *lacks), _again(model, not problems))
+
+
+def _again(model: str, incomplete: bool) -> str:
+    forced = "" if incomplete else "--force-download "
+    if Path(model).is_dir():
+        return f"hf download {forced}{PUBLISHED} --local-dir {quote(model)}   # if it is a copy of that"
+    return f"hf download {forced}{model}"
+
+
+def _lacking(folder: Path) -> Iterator[str]:
+    """What else a server needs of a folder and does not find, in words."""
+    if not any((folder / name).exists() for name in _TOKENIZERS):
+        yield f"no tokenizer ({' or '.join(_TOKENIZERS)})"
+    elif not (folder / _TEMPLATE).exists():
+        try:
+            settings = _object(_SETTINGS, (folder / _SETTINGS).read_bytes())
+        except (OSError, ValueError):
+            settings = {}
+        if not settings.get("chat_template"):
+            yield f"no chat template ({_TEMPLATE}, or chat_template in {_SETTINGS})"
 
 
 def expected(config: Mapping[str, Any]) -> Iterator[tuple[str, Shape]]:
@@ -200,17 +283,22 @@ def _refused(config: Mapping[str, Any], tensors: int) -> Iterator[str]:
         yield f"layer_types has hybrid_sliding, and sliding_window is {config.get('sliding_window')!r}"
 
 
-def _files(folder: Path) -> list[Path]:
+def _files(folder: Path) -> tuple[list[Path], list[str]]:
+    """The files of the weights, and the names of the tensors where an index tells them."""
     index = folder / _INDEX
     if not index.exists():
-        return sorted(folder.glob("*.safetensors"))
+        return sorted(folder.glob("*.safetensors")), []
     where = _object(_INDEX, index.read_bytes()).get("weight_map")
     if not isinstance(where, dict):
         raise ValueError(f"{_INDEX} has no weight_map")
     for name in where.values():
         if not isinstance(name, str) or Path(name).name != name:
             raise ValueError(f"{_INDEX} names {name!r}, which is no file beside it")
-    return [folder / name for name in sorted(set(where.values()))]
+    return [folder / name for name in sorted(set(where.values()))], list(where)
+
+
+def _of_the_fork(name: str) -> bool:
+    return ".zaya_block." in name
 
 
 def _header(file: Path) -> Iterator[tuple[str, Stored]]:

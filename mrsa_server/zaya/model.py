@@ -17,6 +17,7 @@ from vllm.model_executor.models.utils import maybe_prefix
 from vllm.sequence import IntermediateTensors
 
 from mrsa_server.zaya.cca import CcaAttention
+from mrsa_server.zaya.ranks import check_ranks
 from mrsa_server.zaya.router import Experts, RmsNorm
 
 # What transformers calls the parameters of CCA, and how they are called here.
@@ -109,6 +110,7 @@ class ZayaForCausalLM(nn.Module, SupportsQuant):  # type: ignore[misc]
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
+        check_ranks(config, vllm_config.parallel_config)
         self.config = config
         self.model = ZayaModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(

@@ -6,10 +6,13 @@ import gc
 import os
 import random
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from tests.helpers.tiny_zaya import VOCABULARY, random_zaya, write_tiny_zaya
 pytestmark = pytest.mark.engine
 
 LARGEST_DIFFERENCE = 1e-4
+RETENTION = "prefix_cache_retention_interval"
 BLOCK_TOKENS = 32  # the least that vLLM's attention takes on CPU
 
 
@@ -71,10 +75,11 @@ class Served:
             "max_num_seqs": 16,
             "max_logprobs": -1,
             "enable_prefix_caching": True,
-            "prefix_cache_retention_interval": None,  # the state is kept at every block
             "distributed_executor_backend": "uni",
             "use_tqdm_on_load": False,
         }
+        if hasattr(EngineArgs, RETENTION):  # later than vLLM 0.26, which keeps the state at every block as here
+            args[RETENTION] = None
         self.engine = LLMEngine.from_engine_args(EngineArgs(**args | extra))
         self._count = 0
 
@@ -294,7 +299,7 @@ def test_chunks_of_any_size(tiny: Tiny, tokens: int) -> None:
     [
         pytest.param({"enable_prefix_caching": False}, [0, 0, 0], id="no-prefix-cache"),
         pytest.param({"disable_hybrid_kv_cache_manager": True}, [0, 32, 192], id="one-group-of-all-layers"),
-        pytest.param({"prefix_cache_retention_interval": 128}, [0, 32, 192], id="kept-every-128-tokens"),
+        pytest.param({RETENTION: 128}, [0, 32, 192], id="kept-every-128-tokens"),
         pytest.param({"block_size": 64}, [0, 0, 192], id="larger-blocks"),
     ],
 )
@@ -344,6 +349,15 @@ def test_whatever_comes_when(narrow: Served, tiny: Tiny, data: st.DataObject) ->
         aborted = data.draw(st.none() | st.integers(1, tokens - 1), label="aborted") if tokens > 1 else None
         asks.append(Ask(ids, tokens, data.draw(st.integers(0, 12), label="after"), aborted))
     expect_same(tiny.reference, asks, narrow.answer(asks))
+
+
+def test_drafts_that_are_rejected_leave_nothing_behind(tiny: Tiny) -> None:
+    """They were written into the state, and are overwritten."""
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    with serving(tiny.folder, speculative_config=drafts, max_num_batched_tokens=128) as served:
+        asks = [Ask(prompt(length), 40, after) for length, after in ((1, 0), (31, 0), (64, 1), (129, 2))]
+        for _ in range(2):
+            expect_same(tiny.reference, asks, served.answer(asks))
 
 
 def test_experts_without_tokens_and_the_one_that_does_nothing(tmp_path: Path) -> None:
@@ -440,12 +454,25 @@ def test_two_ranks_say_what_one_says(tmp_path: Path, monkeypatch: pytest.MonkeyP
             expect_same(model.reference, asks, served.answer(asks))
 
 
-def test_more_ranks_than_key_heads_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton, to interpret its kernels")
+def test_the_second_model_runner_says_the_same(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.engine.second_runner", str(tmp_path)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_the_model_refuses_ranks_that_it_cannot_be_divided_between() -> None:
+    """Also in a plain `vllm serve`."""
     from types import SimpleNamespace
 
-    from mrsa_server.zaya import cca
+    with warnings.catch_warnings(action="ignore"):
+        from mrsa_server.zaya.model import ZayaForCausalLM
 
-    monkeypatch.setattr(cca, "get_tensor_model_parallel_world_size", lambda: 4)
-    monkeypatch.setattr(cca, "get_tensor_model_parallel_rank", lambda: 0)
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=SimpleNamespace(num_key_value_heads=2)),
+        parallel_config=SimpleNamespace(tensor_parallel_size=4),
+        compilation_config=None,
+        quant_config=None,
+    )
     with pytest.raises(ValueError, match="tensor_parallel_size=4 does not divide the 2 key-value heads"):
-        cca.CcaAttention(SimpleNamespace(num_key_value_heads=2), 0, None, None, "")
+        ZayaForCausalLM(vllm_config=config)

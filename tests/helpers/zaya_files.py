@@ -31,7 +31,9 @@ SMALL: Mapping[str, Any] = {
 
 
 def write_headers(folder: Path, config: Mapping[str, Any] = SMALL, shapes: Mapping[str, Any] | None = None) -> None:
-    """`config.json`, and the tensors in two files with an index."""
+    """`config.json`, an empty tokenizer and chat template, and the tensors in two files with an index."""
+    (folder / "tokenizer.json").touch()
+    (folder / "chat_template.jinja").touch()
     (folder / "config.json").write_text(json.dumps(dict(config)))
     names = sorted((dict(expected(config)) if shapes is None else shapes).items())
     where = {}

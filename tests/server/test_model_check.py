@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 
 from mrsa_server.cli import main
+from mrsa_server.engines import CannotServe
+from mrsa_server.engines.vllm import VllmEngine, _check_folder, _for_cpu
+from mrsa_server.runs.host import EngineHost, Health
 from mrsa_server.zaya.checkpoint import NotZaya, expected, read
 from tests.helpers.zaya_files import SMALL, write_headers
 
@@ -25,7 +28,8 @@ def test_a_whole_model_is_ok(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     said = capsys.readouterr().out
     assert "2 layers, 2 experts" in said
     assert "tensor_parallel_size 1, 2" in said
-    assert said.splitlines()[-1].startswith("ok: ")
+    assert said.splitlines()[-2].startswith("ok: ")
+    assert said.splitlines()[-1].strip() == f"mrsa serve --model {tmp_path}"
 
 
 def _without(shapes: Shapes) -> None:
@@ -67,6 +71,23 @@ def test_the_layout_of_the_fork_is_told_apart(tmp_path: Path) -> None:
     write_headers(tmp_path, shapes={"model.layers.1.zaya_block.router.down_proj.weight": (4, 16)})
     with pytest.raises(NotZaya, match="fork"):
         read(tmp_path)
+
+
+def test_it_is_told_apart_by_its_index_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_headers(tmp_path, shapes={"model.layers.1.zaya_block.router.down_proj.weight": (4, 16)})
+    (tmp_path / "model-0.safetensors").unlink()
+    assert main(["model", "check", str(tmp_path)]) == 1
+    assert "hf download Zyphra/ZAYA1-8B " in capsys.readouterr().err
+
+
+def test_a_name_is_looked_for_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert main(["model", "check", "me/mine"]) == 1
+    assert "hf download me/mine" in capsys.readouterr().err
+    assert main(["model", "check", "/me/mine/x"]) == 1
+    assert "hf download" not in capsys.readouterr().err
 
 
 def test_experts_in_a_layout_of_their_own_are_left_to_vllm(tmp_path: Path) -> None:
@@ -195,3 +216,44 @@ def test_a_name_does_not_steer_the_terminal(tmp_path: Path) -> None:
     write_headers(tmp_path, shapes=dict(expected(SMALL)) | {"a\x1b[31m": (1,)})
     (problem,) = read(tmp_path).problems()
     assert problem.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("settings", "status"), [(None, 1), ("{", 1), ('{"chat_template": null}', 1), ('{"chat_template": "x"}', 0)]
+)
+def test_a_chat_template_is_looked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: str | None, status: int
+) -> None:
+    write_headers(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    if settings is not None:
+        (tmp_path / "tokenizer_config.json").write_text(settings)
+    assert main(["model", "check", str(tmp_path)]) == status
+    assert ("no chat template" in capsys.readouterr().err) == bool(status)
+
+
+async def test_a_broken_model_is_refused_before_vllm_is_looked_for(tmp_path: Path) -> None:
+    write_headers(tmp_path)
+    (tmp_path / "model-0.safetensors").unlink()
+    engine = VllmEngine(str(tmp_path))
+    with pytest.raises(CannotServe, match=r"lacks 1 of its 2 files: model-0.safetensors\n +hf download") as caught:
+        await engine.start()
+    host = EngineHost(engine)
+    await host.run()
+    assert host.health is Health.FAILED
+    assert host.reason == str(caught.value)
+
+
+def test_vllm_on_a_cpu_takes_what_is_free(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    assert _for_cpu(meminfo) == {"worker_cls": "mrsa_server.engines.vllm_cpu.Worker"}
+    meminfo.write_text("MemTotal:       33554432 kB\nMemFree:         1000 kB\nMemAvailable:   16777216 kB\n")
+    assert _for_cpu(meminfo)["gpu_memory_utilization"] == 0.419  # 0.9 of the half, less 1 of 32 GiB
+
+
+@pytest.mark.parametrize("extra", [{"load_format": "dummy"}, {"hf_overrides": {"head_dim": 8}}])
+def test_what_is_not_loaded_as_it_lies_is_left_to_vllm(tmp_path: Path, extra: dict[str, object]) -> None:
+    write_headers(tmp_path)
+    (tmp_path / "model-0.safetensors").unlink()
+    _check_folder({"model": str(tmp_path), **extra})
+    _check_folder({"model": "Zyphra/ZAYA1-8B"})

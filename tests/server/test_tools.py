@@ -39,6 +39,34 @@ def test_a_call_is_read_in_hermes_and_in_zaya_notation() -> None:
 
 
 @pytest.mark.parametrize(
+    ("schema", "text", "value"),
+    [
+        ({"type": "string"}, "\nline\n\n", "line\n"),  # one line break on either side is the notation's
+        ({"type": "string"}, "\n\n  x\n", "\n  x"),
+        ({"type": "string"}, "tight", "tight"),
+        ({"type": "string"}, "\nnull\n", "null"),
+        ({"type": ["string", "null"]}, "\n5\n", "5"),
+        ({"type": ["string", "null"]}, "\nnull\n", None),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "\n[1]\n", "[1]"),
+        ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, "\nNone\n", None),
+        ({"type": "boolean"}, "\nTrue\n", True),
+        ({"type": "boolean"}, "\nfalse\n", False),
+        ({"type": "array"}, '\n["a", {"b": 1.5}]\n', ["a", {"b": 1.5}]),
+        ({"type": "integer"}, "\nmany\n", "many"),
+        ({}, "\nTrue\n", "True"),
+        ({}, "\n5\n", 5),
+        ({"type": 5, "anyOf": 5}, "\n5\n", 5),
+    ],
+    ids=str,
+)
+def test_a_parameter_has_the_type_of_its_schema(schema: dict[str, object], text: str, value: object) -> None:
+    tool = Tool("f", None, {"type": "object", "properties": {"x": schema}})
+    body = f"<zyphra_tool_call>\n<function=f>\n<parameter=x>{text}</parameter>\n</function>\n</zyphra_tool_call>"
+    (call,) = read_free(body, (tool,)).calls
+    assert json.loads(call.arguments) == {"x": value}
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "no call at all, though 3 < 4 <tool",
