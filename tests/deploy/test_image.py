@@ -77,7 +77,8 @@ def test_nothing_is_copied_that_the_build_does_not_see() -> None:
 
 def test_the_lock_holds_all_that_the_server_asks_for() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = [*project["dependencies"], *project["optional-dependencies"]["postgres"]]
+    extras = project["optional-dependencies"]
+    asked = [*project["dependencies"], *extras["otel"], *extras["postgres"]]
     lock = locked("server.txt")
     missing = {canonical(re.split(r"[\[<>=~; ]", one)[0]) for one in asked} - set(lock)
     assert not missing, "requirements/server.txt says how it is made anew"
