@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "mrsa serve [flags]"
     parser.epilog = (
         "Every flag is also an environment variable, named in brackets; MRSA_ENGINE_API_KEY, MRSA_DATABASE_URL and "
-        "MRSA_KEYS, which hold secrets, have no flag."
+        "MRSA_KEYS, which hold secrets, have no flag. OTEL_EXPORTER_OTLP_ENDPOINT switches traces on, as "
+        "everywhere with OpenTelemetry."
     )
     groups: dict[str, argparse._ArgumentGroup] = {}
     for name, info in Settings.model_fields.items():
