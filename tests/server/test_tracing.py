@@ -9,24 +9,22 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-import structlog
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from harness.engine import Delta, EngineError
+from harness.engine import EngineError
 from harness.scripted import Script, ScriptedEngine, Speed
 from harness.types import RolloutRequest
-from mrsa_server import logs
 from mrsa_server.api.errors import RunCancelled
 from mrsa_server.cli import main
 from mrsa_server.engines.openai_http import OpenAIEngine
-from mrsa_server.otel import OpenTelemetry, add_trace_ids, exporting
+from mrsa_server.otel import OpenTelemetry, exporting
 from mrsa_server.runs.store import RunStore
 from mrsa_server.tracing import INSTALL, noted, trace_of, wanted
 from tests.helpers.fake_upstream import FakeUpstream
@@ -275,37 +273,31 @@ async def test_a_request_that_is_not_sampled_makes_no_span_and_says_so_to_the_en
     assert all(trace.startswith(f"00-{TRACE}-") and trace.endswith("-00") for _, trace in upstream.traces)
 
 
-@pytest.fixture
-def clean_logs() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = root.handlers, root.level
-    yield
-    root.handlers = handlers
-    root.setLevel(level)
-    structlog.reset_defaults()
-
-
-class Failing(ScriptedEngine):
-    """Says in the log that it is asked, and fails."""
-
-    async def generate(self, request: RolloutRequest) -> AsyncGenerator[Delta, None]:
-        structlog.get_logger("test").info("asked")
-        yield Delta((256,))
-        raise EngineError("no")
-
-
-@pytest.mark.usefixtures("clean_logs")
-async def test_log_lines_of_a_run_and_of_its_request_name_its_trace(capsys: pytest.CaptureFixture[str]) -> None:
-    logs.configure("info", "json", (add_trace_ids,))
-    spans = Spans()
-    async with in_memory(Failing(), tracing=spans.tracing) as client:
+# In a process of its own: loggers keep the form in which they were used first.
+_LOGS = """
+import asyncio
+from harness.engine import EngineError
+from harness.scripted import Script, ScriptedEngine
+from mrsa_server import logs
+from mrsa_server.otel import OpenTelemetry, add_trace_ids, exporting
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from tests.helpers.serving import CHAT, SMALL, ask, in_memory
+logs.configure("info", "json", (add_trace_ids,))
+exporter = InMemorySpanExporter()
+async def main():
+    engine = ScriptedEngine(lambda _: Script("x", "y", EngineError("no")))
+    async with in_memory(engine, tracing=OpenTelemetry(exporting(exporter), "scripted")) as client:
         await client.post(CHAT, json=ask(mrsa=SMALL))
-    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
-    assert spans.run.context is not None
-    ids = {f"{spans.run.context.trace_id:032x}"}
-    for event in ("asked", "rollout failed", "run failed"):
-        assert {line["trace_id"] for line in lines if line["event"] == event} == ids, event
-    assert next(line for line in lines if line["event"] == "request")["trace_id"] in ids
+asyncio.run(main())
+print([f"{span.context.trace_id:032x}" for span in exporter.get_finished_spans()][0])
+"""
+
+
+def test_log_lines_of_a_run_and_of_its_request_name_its_trace() -> None:
+    done = python(_LOGS)
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    for event in ("rollout failed", "run failed", "request"):
+        assert {line.get("trace_id") for line in lines if line["event"] == event} == {done.stdout.strip()}, event
     assert all("trace_id" not in line for line in lines if line["event"] == "engine up")
 
 
