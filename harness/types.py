@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 TokenIds = Sequence[int]
+TraceHeaders = tuple[tuple[str, str], ...]  # W3C trace context: traceparent, and tracestate where there is one
 
 
 class InvalidParams(ValueError):
@@ -327,6 +328,7 @@ class RolloutRequest:
             may end the generation between two of them.
         members: Indices into the previous round whose tails stand in the prompt.
         cache_salt: Keeps the prompt apart in caches that hold others' too; None for one cache of all.
+        trace_headers: By which what the engine traces joins the trace of the rollout; none where nothing is traced.
     """
 
     run_id: str
@@ -342,6 +344,7 @@ class RolloutRequest:
     watched: bool = True
     members: tuple[int, ...] = ()
     cache_salt: str | None = field(default=None, repr=False)
+    trace_headers: TraceHeaders = ()
 
 
 @dataclass(frozen=True, slots=True)

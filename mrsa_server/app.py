@@ -39,6 +39,7 @@ from mrsa_server.runs.runner import Runner
 from mrsa_server.runs.store_errors import StoreError, StoreUnavailable
 from mrsa_server.runs.tenants import Tenants
 from mrsa_server.settings import Settings, usual_state_dir
+from mrsa_server.tracing import Tracing, open_tracing
 
 if TYPE_CHECKING:  # a server without a store loads no database
     from mrsa_server.runs.batch_keeper import BatchKeeper
@@ -61,12 +62,13 @@ ROUTERS = (
 log = structlog.get_logger("mrsa.http")
 
 
-def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAPI:
+def create_app(settings: Settings, engine: ServedEngine | None = None, tracing: Tracing | None = None) -> FastAPI:
     """The application; nothing is built before its lifespan begins.
 
     Args:
         settings: All of them.
         engine: Served in place of the one that the settings name; it is started and closed here all the same.
+        tracing: Of runs, in place of what the environment asks for; it is closed here.
     """
 
     @asynccontextmanager
@@ -82,6 +84,7 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
         )
         templates = load_templates()
         journal = await open_journal(settings)
+        traced = tracing or open_tracing(settings.engine)
         runner = Runner(
             host,
             admission,
@@ -92,6 +95,7 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
             max_queued=settings.max_queued,
             engine_wait_s=settings.engine_wait_s,
             tenants=Tenants(ring, metrics, settings.max_committed_tokens),
+            tracing=traced,
         )
         names = models.ModelNames(host, settings.served_model, int(time.time()))
         keys = Keys(settings.idempotency_keep_s, settings.max_idempotency_keys)
@@ -130,6 +134,7 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
                 await pulse.aclose()
             if journal is not None:
                 await journal.store.aclose()
+            await traced.aclose()
 
     app = FastAPI(
         title="mrsa-server",
@@ -137,6 +142,8 @@ def create_app(settings: Settings, engine: ServedEngine | None = None) -> FastAP
         lifespan=lifespan,
         openapi_url=None,  # ours says more (`api.openapi`); FastAPI's pages load their scripts from elsewhere
         dependencies=[Depends(authorize)],
+        # Of its own, in newer versions: it would tell what stands in errors, and of every probe.
+        telemetry={"auto_configure": False, "tracing": False, "metrics": False, "logs": False},
         redirect_slashes=False,  # a redirect's target would be made of the client's own Host header
     )
     for router in ROUTERS:

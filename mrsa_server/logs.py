@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 from typing import Literal
 
 import structlog
@@ -15,14 +16,21 @@ def _without_colors(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     return event
 
 
-def configure(level: str, form: Literal["auto", "json", "text"]) -> None:
-    """Set up logging for this process, to stderr; called once, by the command line."""
+def configure(level: str, form: Literal["auto", "json", "text"], further: Sequence[Processor] = ()) -> None:
+    """Set up logging for this process, to stderr; called once, by the command line.
+
+    Args:
+        level: Least severity.
+        form: Of the lines; `auto` is text in a terminal.
+        further: What each line is to go through beside the usual.
+    """
     text = form == "text" or (form == "auto" and sys.stderr.isatty())
     shared: list[Processor] = [
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.StackInfoRenderer(),
+        *further,
     ]
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],

@@ -31,6 +31,7 @@ from mrsa_server.runs.host import EngineHost, Health
 from mrsa_server.runs.runner import Runner
 from mrsa_server.runs.store_errors import StoreError
 from mrsa_server.settings import Settings
+from mrsa_server.tracing import log_processors
 
 _CROWDED_S = 10
 _MOST_HEAD_BYTES = 65_536
@@ -45,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "mrsa serve [flags]"
     parser.epilog = (
         "Every flag is also an environment variable, named in brackets; MRSA_ENGINE_API_KEY, MRSA_DATABASE_URL and "
-        "MRSA_KEYS, which hold secrets, have no flag."
+        "MRSA_KEYS, which hold secrets, have no flag. OTEL_EXPORTER_OTLP_ENDPOINT switches traces on, as "
+        "everywhere with OpenTelemetry."
     )
     groups: dict[str, argparse._ArgumentGroup] = {}
     for name, info in Settings.model_fields.items():
@@ -93,11 +95,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Serve until told to leave; the exit status."""
     parser = argparse.ArgumentParser(prog="mrsa serve", usage="mrsa serve [flags]; see mrsa serve --help")
     settings = read_settings(vars(arguments), parser)
-    logs.configure(settings.log_level, settings.log_format)
     try:
+        logs.configure(settings.log_level, settings.log_format, log_processors())
         KeyRing.of(settings)
         settings = asyncio.run(_with_store(settings))
-    except (ValueError, StoreError) as error:  # the former of a URL that cannot be read, or of keys
+    except (ValueError, StoreError) as error:  # the former of a URL that cannot be read, of keys, of tracing
         print(f"mrsa serve: {error}", file=sys.stderr)
         return _FAILED
     raise_limit()

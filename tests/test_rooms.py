@@ -52,7 +52,7 @@ def test_a_room_imports_only_what_it_may(path: Path) -> None:
         if path.stem not in ASYNC and path.stem != "engine":
             tree = ast.walk(ast.parse(path.read_text()))
             assert not any(isinstance(node, ast.AsyncFunctionDef | ast.Await | ast.AsyncFor) for node in tree)
-    elif room[1] in {"settings.py", "metrics.py", "engines"}:
+    elif room[1] in {"settings.py", "metrics.py", "otel.py", "tracing.py", "engines"}:
         assert not any(name.startswith(("mrsa_server.api", "mrsa_server.runs", "mrsa_server.app")) for name in found)
     elif room[1] == "runs":
         assert not any(name.startswith(("mrsa_server.app", "mrsa_server.cli")) for name in found)
@@ -67,12 +67,22 @@ def test_a_room_imports_only_what_it_may(path: Path) -> None:
         assert not any(name.startswith(("mrsa_server.app", "mrsa_server.cli")) for name in found)
     if room[1] != "migrations" and path.stem not in STORE:
         assert not any(name.split(".")[0] in {"sqlalchemy", "alembic"} for name in found), "SQL is the store's alone"
+    if room[1:] != ("otel.py",):
+        assert not any(name.split(".")[0] == "opentelemetry" for name in found), "spans are made in one place alone"
     if room[:2] != ("mrsa_server", "zaya") and path.name not in {"vllm.py", "vllm_cpu.py", "vllm_scheduler.py"}:
         # The latter two are imported by vLLM itself, in its worker and its scheduler.
         assert not any(name.split(".")[0] == "vllm" for name in found), "vllm is imported in its engine alone"
 
 
+def at_top(path: Path) -> list[ast.Import | ast.ImportFrom]:
+    return [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
 def test_vllm_is_imported_lazily() -> None:
-    path = ROOT / "mrsa_server/engines/vllm.py"
-    top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    top = at_top(ROOT / "mrsa_server/engines/vllm.py")
     assert not any("vllm" == (getattr(node, "module", None) or node.names[0].name).split(".")[0] for node in top)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_opentelemetry_is_imported_lazily(path: Path) -> None:
+    assert not any(getattr(node, "module", None) == "mrsa_server.otel" for node in at_top(path))

@@ -13,4 +13,4 @@ awk -F'==' '
 	/^[A-Za-z0-9._-]+==/ && !(name in held) { sub(/[ ;].*/, ""); print }
 ' "$work/held.txt" "$requirements" >"$work/missing.txt"
 "$python" -m pip install \
-	--constraint "$work/held.txt" --constraint "$work/missing.txt" "$(echo "$wheels"/mrsa_server-*.whl)[postgres]"
+	--constraint "$work/held.txt" --constraint "$work/missing.txt" "$(echo "$wheels"/mrsa_server-*.whl)[otel,postgres]"

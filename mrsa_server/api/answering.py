@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from harness.run import Watch
 from harness.types import InvalidParams
-from mrsa_server.api.asking import AskService, Key, Route, Writer, read_body, submit
+from mrsa_server.api.asking import AskService, Key, Route, Writer, read_body, submit, trace_of_request
 from mrsa_server.api.auth import caller_of
 from mrsa_server.api.errors import KeyBusy, KeyInUse, RunCancelled, of_params
 from mrsa_server.api.idempotency import Asked, Kept, digest_of, read_key
@@ -48,7 +48,7 @@ async def answer(request: Request, route: Route) -> Response:
         found = service.keys.find(name, asking)  # again: nothing comes between this and the new run
         if isinstance(found, Kept):
             return _replayed(found)
-        asked = found or submit(service, route, raw, caller, key)
+        asked = found or submit(service, route, raw, caller, key, trace_of_request(request))
         if asked.reply.background:
             return await _detached(service, route, asked)
         if found is None and key is not None:

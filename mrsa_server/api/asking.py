@@ -18,7 +18,7 @@ from harness.engine import Engine, EngineError, Vocabulary
 from harness.markovian_rsa import State, init
 from harness.prompts import Templates
 from harness.run import Watch
-from harness.types import InvalidParams, Problem
+from harness.types import InvalidParams, Problem, TraceHeaders
 from mrsa_server.api.completion import Reply
 from mrsa_server.api.effort import Wishes, check_limits, check_thinking, check_unstreamed, decide_params
 from mrsa_server.api.errors import ApiError, BadRequest, EngineFailed, of_params, renamed
@@ -31,6 +31,7 @@ from mrsa_server.keyring import Caller
 from mrsa_server.runs.record import NewRun, RunKind
 from mrsa_server.runs.runner import Item, Prepare, Prepared, Run, Runner
 from mrsa_server.settings import Settings
+from mrsa_server.tracing import TRACE_HEADERS
 
 if TYPE_CHECKING:  # a server without a store loads no database
     from mrsa_server.runs.store import RunStore, StoredRun
@@ -130,8 +131,16 @@ class Route(NamedTuple):
     detached: Callable[[AskService, StoredRun], Awaitable[Response]] | None = None
 
 
-def submit(service: AskService, route: Route, raw: bytes, caller: Caller, key: Key | None = None) -> Asked:
-    """Check a body as far as that needs no engine, and let its run in.
+def trace_of_request(request: Request) -> TraceHeaders:
+    """The trace that a client says its request is a part of."""
+    found = ((name, ",".join(request.headers.getlist(name))) for name in TRACE_HEADERS)
+    return tuple((name, value) for name, value in found if value)
+
+
+def submit(
+    service: AskService, route: Route, raw: bytes, caller: Caller, key: Key | None = None, trace: TraceHeaders = ()
+) -> Asked:
+    """Check a body as far as that needs no engine, and let its run in; `trace` is what it is a part of.
 
     Raises:
         ApiError: It cannot be honoured, or there is no place for it.
@@ -157,7 +166,9 @@ def submit(service: AskService, route: Route, raw: bytes, caller: Caller, key: K
     )
     prepare = _preparing(service, reply, wishes, run_id, priority, reply.background)
     kept = record if reply.stored else None
-    return Asked(service.runner.submit(run_id, prepare, wishes.deadline_s, kept, caller.key_id), reply)
+    run = service.runner.submit(run_id, prepare, wishes.deadline_s, kept, caller.key_id, trace)
+    reply.trace = run.spans.headers  # noted by the run's first step, which is still to come
+    return Asked(run, reply)
 
 
 def _preparing(

@@ -13,12 +13,13 @@ from harness.engine import Engine, EngineDead, EngineError
 from harness.events import RunFinished
 from harness.markovian_rsa import State
 from harness.savings import savings
-from harness.types import Finish, Rollout, Slot, Usage
+from harness.types import Finish, Rollout, Slot, TraceHeaders, Usage
 from mrsa_server.api.responses_wire import ResponseForm
 from mrsa_server.api.tools import Call, Reading, read_forced, read_free
 from mrsa_server.api.wire import Chat, echo
 from mrsa_server.runs.runner import Run
 from mrsa_server.settings import Effort
+from mrsa_server.tracing import noted
 
 
 class Choice(NamedTuple):
@@ -44,6 +45,7 @@ class Reply:
         exact: Whether tails are cut in the model's own tokens.
         thinks: Whether the model has marks for its thinking.
         form: What `/v1/responses` alone knows of a request.
+        trace: Of its run; none where nothing is traced.
     """
 
     chat: Chat
@@ -55,6 +57,7 @@ class Reply:
     exact: bool = True
     thinks: bool = False
     form: ResponseForm | None = None
+    trace: TraceHeaders = ()
 
     @property
     def background(self) -> bool:
@@ -74,9 +77,9 @@ class Reply:
 
     @property
     def notes(self) -> str:
-        """What the engine decided of it, for those who tell the run again."""
+        """What the engine decided of it, for those who tell the run again, and its trace, for who takes it up."""
         found = {"divisor": self.divisor, "warnings": self.warnings, "exact": self.exact, "thinks": self.thinks}
-        return orjson.dumps(found).decode()
+        return orjson.dumps(found | noted(self.trace)).decode()
 
     def recall(self, notes: str) -> None:
         """Take over what was noted; a run that was stored without notes has the usual ones."""

@@ -208,7 +208,7 @@ class OpenAIEngine:
         reply: IdReply | TextReply | None = None
         frames, pace = Frames(), self._watched if request.watched else self._unwatched
         async with self._judged(), self._guarded(), AsyncExitStack() as stack:
-            response = await self._begin(stack, path, body)
+            response = await self._begin(stack, path, body, dict(request.trace_headers))
             yield Delta(prompt_tokens=prompt_tokens, thinking=thinking)
             async for events in _events(response, frames, pace):
                 self._heard = asyncio.get_running_loop().time()
@@ -227,11 +227,11 @@ class OpenAIEngine:
             for delta in end:
                 yield delta
 
-    async def _begin(self, stack: AsyncExitStack, path: str, body: bytes) -> httpx.Response:
+    async def _begin(self, stack: AsyncExitStack, path: str, body: bytes, headers: dict[str, str]) -> httpx.Response:
         """A generation's response; where it was refused for what may be left out, that of another try without."""
         while True:
             try:
-                return await stack.enter_async_context(self._send("POST", path, body))
+                return await stack.enter_async_context(self._send("POST", path, body, headers=headers))
             except EngineError as error:
                 fields = orjson.loads(body)
                 said = str(error).lower() if error.status in (400, 422) else ""
@@ -435,13 +435,21 @@ class OpenAIEngine:
 
     @asynccontextmanager
     async def _send(
-        self, method: str, path: str, body: bytes | None = None, timeouts: dict[str, float] | None = None
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        timeouts: dict[str, float] | None = None,
+        headers: dict[str, str] | None = None,
     ) -> AsyncIterator[httpx.Response]:
-        """A response with a good status; leaving the block before its end closes the connection."""
+        """A response with a good status; leaving the block before its end closes the connection.
+
+        `headers` are sent beside the usual ones.
+        """
         request = httpx.Request(
             method,
             self._url(path),
-            headers=self._headers,
+            headers=self._headers | headers if headers else self._headers,
             content=body,
             extensions={"timeout": timeouts or self._timeouts},
         )

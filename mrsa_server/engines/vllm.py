@@ -78,7 +78,8 @@ class VllmEngine:
             "dtype": dtype,
             "enable_prefix_caching": True,
             "scheduling_policy": "priority",
-            "disable_log_stats": True,
+            # What vLLM counts for its log is what it traces: without, it breaks at the first request that it traces.
+            "disable_log_stats": not (extra or {}).get("otlp_traces_endpoint"),
             "use_tqdm_on_load": False,
             **(extra or {}),
         }
@@ -86,6 +87,7 @@ class VllmEngine:
         self._vllm: _Vllm
         self._loading: asyncio.Task[AsyncLLM] | None = None
         self._llm: AsyncLLM | None = None
+        self._traces = False  # whether vLLM traces; where it does not, it says so of each request that it could
         self._tokens: Tokens
         self._prompts: PromptIds
         self._numbers = itertools.count()
@@ -132,6 +134,7 @@ class VllmEngine:
 
         self._prompts = PromptIds(encode_chat, encode, plain_ids)
         self._vocabulary = replace(tokens.vocabulary, context_tokens=llm.model_config.max_model_len)
+        self._traces = llm.vllm_config.observability_config.otlp_traces_endpoint is not None
         self._tokens, self._llm = tokens, llm
 
     async def aclose(self) -> None:
@@ -180,6 +183,7 @@ class VllmEngine:
                 vllm.sampling_params(request),
                 request_id,
                 priority=request.priority,
+                trace_headers=dict(request.trace_headers) if self._traces else None,
             )
             async with aclosing(outputs):
                 async for output in outputs:

@@ -31,6 +31,7 @@ from harness.events import (
     RunFailed,
     RunFinished,
     RunResumed,
+    RunStarted,
     SetSkipped,
     Stopped,
 )
@@ -39,7 +40,7 @@ from harness.prompts import Templates
 from harness.run import Watch, open_run
 from harness.savings import savings
 from harness.selection import MathJudge
-from harness.types import Rollout, Slot, Trace
+from harness.types import Rollout, Slot, Trace, TraceHeaders
 from mrsa_server.api.errors import (
     NO_RETRY,
     ApiError,
@@ -64,6 +65,7 @@ from mrsa_server.runs.journal import Book, Journal
 from mrsa_server.runs.record import NewRun
 from mrsa_server.runs.store_errors import Fenced, KeyTaken, StoreUnavailable
 from mrsa_server.runs.tenants import Tenants, Ticket, spent_tokens
+from mrsa_server.tracing import UNTRACED, RunSpans, Tracing, trace_of
 
 if TYPE_CHECKING:  # a server without a store loads no database
     from mrsa_server.runs.store import Claim, StoredRun
@@ -235,6 +237,7 @@ class Run:
         batch: Whether it is a line of a batch: it has places of its own, and yields to all others.
         stored: Set once it is in the store, and at its end.
         ended_at: Unix seconds, of one that is told again from its log.
+        spans: Where what happens is traced.
     """
 
     id: str
@@ -252,6 +255,7 @@ class Run:
     batch: bool = False
     stored: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
     ended_at: float | None = None
+    spans: RunSpans = field(default=UNTRACED, repr=False)
     clocks: dict[int, _Clock] = field(default_factory=dict)
     _subscriptions: list[Subscription] = field(default_factory=list)
     _reported: set[int] = field(default_factory=set)
@@ -380,6 +384,7 @@ class Runner:
         max_batch_runs: int = 256,
         journal: Journal | None = None,
         tenants: Tenants | None = None,
+        tracing: Tracing = UNTRACED,
     ) -> None:
         self.host = host
         self.tenants = tenants or Tenants(KeyRing(), metrics)
@@ -393,6 +398,7 @@ class Runner:
         self._max_batch_runs = max_batch_runs
         self._engine_wait_s = engine_wait_s
         self._journal = journal
+        self._tracing = tracing
         self._closing: set[asyncio.Task[None]] = set()  # books of runs that have ended
         self._places = asyncio.Semaphore(max_runs)
         self._runs: set[Run] = set()
@@ -416,6 +422,7 @@ class Runner:
         deadline_s: float | None = None,
         record: NewRun | None = None,
         key_id: str | None = None,
+        trace: TraceHeaders = (),
     ) -> Run:
         """Let a run in.
 
@@ -425,6 +432,7 @@ class Runner:
             deadline_s: Seconds from now within which it has to end, whatever it waits for.
             record: What the store keeps of the request; None for a run that is not stored.
             key_id: The API key that asks for it; None on a server without keys.
+            trace: The trace that the request is a part of.
 
         Raises:
             RateLimited: The key has used what it may.
@@ -444,6 +452,8 @@ class Runner:
         run = Run(run_id, asyncio.get_running_loop().time(), detached=detached, ticket=ticket)
         if deadline_s is not None:
             run.deadline = run.begun + deadline_s
+        run.spans = self._tracing.run(run_id, key_id, trace)
+        run.spans.attach()  # of the request too, whose log line comes with its end
         self._let_go(run, partial(self._begin, run, prepare, record))
         return run
 
@@ -522,6 +532,9 @@ class Runner:
         """The further life of a run that was left behind."""
         log_so_far = await journal.store.events(run.id)
         events = [stored.event for stored in log_so_far]
+        notes = events[0].notes if events and isinstance(events[0], RunStarted) else ""
+        run.spans = self._tracing.run(run.id, run.ticket.key_id, trace_of(notes), taken_up=bool(events))
+        run.spans.attach()
         if run.batch:  # its time begins with its turn: a batch may take a day
             waited_s = time.time() - log_so_far[0].at if log_so_far else 0.0
             run.begun = asyncio.get_running_loop().time() - max(0.0, waited_s)
@@ -535,6 +548,7 @@ class Runner:
                 await asyncio.sleep(0)  # one that comes too late may be of a model that is not served here
                 run.state = (await self._prepare(revive(), run)).state
                 await book.write([run.state.started])
+        run.spans.begin(run.state)
         self.tenants.resume(run.ticket, run.state)
         log.info("run is taken up", run_id=run.id, events=len(events), rollouts=len(run.state.rollouts))
         if run.state.outcome is not None:
@@ -635,6 +649,7 @@ class Runner:
             elif record is not None:
                 await self._write_down(run, record, prepared.state.started)
             run.state = prepared.state
+            run.spans.begin(run.state)
             run.publish(prepared)
             await self._enter(run)
         try:
@@ -656,6 +671,7 @@ class Runner:
         """Let go of a run whose task has ended, even if it was cancelled before its first step."""
         self._runs.discard(run)
         self.tenants.leave(run.ticket, run.state)
+        run.spans.end("cancelled", run.state, None)
         if run.batch:
             self._batch_runs -= 1
             self.wake()
@@ -705,7 +721,7 @@ class Runner:
         params = run.state.params
         plain = not params.rounds and params.population == 1
         engine = self._admission.through(
-            self.host.engine,
+            run.spans.through(self.host.engine, self.host.engine.model),
             run.begun,
             plain=plain,
             batch=run.batch,
@@ -783,7 +799,10 @@ class Runner:
             case RunResumed(slots, tokens):
                 self._metrics.count_lost(len(slots), tokens)
                 log.info("rollouts are asked for again", run_id=run.id, rollouts=len(slots), lost_tokens=tokens)
+        run.spans.take(item)
         for fact in run.facts(item, now):
+            if isinstance(fact, RoundFinished):
+                run.spans.end_round(fact.round, fact.stats)
             run.publish(fact)
 
     def _measure(self, rollout: Rollout) -> None:
@@ -793,6 +812,7 @@ class Runner:
 
     def _report(self, run: Run, status: RunStatus, seconds: float) -> None:
         """One line and the metrics of a run that has ended."""
+        run.spans.end(status, run.state, run.error.code if run.error else None)
         self._metrics.count_run(status)
         self._metrics.run_seconds.observe(seconds)
         for round in run.clocks:

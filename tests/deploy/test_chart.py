@@ -21,6 +21,7 @@ import yaml
 from mrsa_server import __version__
 from mrsa_server.keyring import KeyRing, Scope
 from mrsa_server.settings import Settings
+from mrsa_server.tracing import wanted
 from tests.deploy.conftest import CHART, REVISION, ROOT, SHAPES, Document, Tool, flags
 from tests.helpers.keys import client, ring
 from tests.helpers.serving import on_port
@@ -147,6 +148,7 @@ def test_the_chart_is_of_the_package_s_version() -> None:
         (["shape=pool", "accelerator.kind=cuda", "knative.enabled=true"], "only where shape is `single`"),
         (["server.terminationGracePeriodSeconds=20"], "at least preStopSeconds"),
         (["image.digest=sha256:abc"], "pattern"),
+        (["tracing.endpoint=collector:4318"], "pattern"),
     ],
 )
 def test_values_that_make_no_sense_are_refused(tool: Tool, given: list[str], said: str) -> None:
@@ -225,6 +227,21 @@ def test_keys_of_another_secret_and_none(objects: Objects) -> None:
     assert not any(kind == "Secret" for kind, _ in found)
     assert environment(found)["MRSA_OPEN"] == "true"
     assert "authorization" not in found["ServiceMonitor", "mrsa"]["spec"]["endpoints"][0]
+
+
+@pytest.mark.parametrize("shape", ["cuda", "cuda-pool", "cuda-knative"])
+def test_a_collector_s_address_turns_traces_on(objects: Objects, shape: str) -> None:
+    kind = "Service" if "knative" in shape else "Deployment"
+    assert not wanted({name: value or "" for name, value in environment(objects(shape), kind).items()})
+    given = ("--set", "tracing.endpoint=http://collector:4318", "--set", "server.extraEnv[0].name=A")
+    found = environment(objects(shape, *given), kind)
+    assert wanted({name: value or "" for name, value in found.items()})
+    assert found["OTEL_EXPORTER_OTLP_ENDPOINT"] == "http://collector:4318"
+    assert found["OTEL_SERVICE_NAME"] == "mrsa"
+    resource = found["OTEL_RESOURCE_ATTRIBUTES"] or ""
+    assert resource.startswith("k8s.namespace.name=ai")
+    assert ("$(K8S_POD_NAME)" in resource) == ("K8S_POD_NAME" in found) == (kind == "Deployment")
+    assert "A" in found
 
 
 @pytest.mark.parametrize("shape", SHAPES)

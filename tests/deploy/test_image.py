@@ -77,7 +77,8 @@ def test_nothing_is_copied_that_the_build_does_not_see() -> None:
 
 def test_the_lock_holds_all_that_the_server_asks_for() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = [*project["dependencies"], *project["optional-dependencies"]["postgres"]]
+    extras = project["optional-dependencies"]
+    asked = [*project["dependencies"], *extras["otel"], *extras["postgres"]]
     lock = locked("server.txt")
     missing = {canonical(re.split(r"[\[<>=~; ]", one)[0]) for one in asked} - set(lock)
     assert not missing, "requirements/server.txt says how it is made anew"
@@ -116,5 +117,5 @@ def test_what_vllm_s_image_has_stays_as_it_is(tmp_path: Path) -> None:
     )  # fmt: skip
     said = done.stdout.splitlines()
     assert said[:4] == ["-m", "pip", "install", "--constraint"]
-    assert f"{tmp_path}/mrsa_server-0.1.0-py3-none-any.whl[postgres]" in said
+    assert f"{tmp_path}/mrsa_server-0.1.0-py3-none-any.whl[otel,postgres]" in said
     assert said[-2:] == ["alembic==1.2", "uvloop==0.23.0"]

@@ -127,13 +127,14 @@ class Stats:
 
 
 class FakeUpstream:
-    """The server; an async context manager in tests. `requests` keeps the last bodies."""
+    """The server; an async context manager in tests. It keeps the last bodies in `requests`, traces in `traces`."""
 
     def __init__(self, script: Script | None = None, port: int = 0, keep: int = 64) -> None:
         self.script = script or Script()
         self.port = port
         self.stats = Stats()
         self.requests: list[tuple[str, dict[str, Any]]] = []
+        self.traces: list[tuple[str, str]] = []
         self._keep = keep
         self._server: asyncio.Server | None = None
         self.protocols: set[_Connection] = set()
@@ -150,8 +151,11 @@ class FakeUpstream:
     def change(self, **changes: Any) -> None:
         self.script = replace(self.script, **changes)
 
-    def seen(self, path: str, body: dict[str, Any]) -> None:
+    def seen(self, path: str, body: dict[str, Any], trace: str) -> None:
         if self._keep:
+            if trace:
+                self.traces.append((path, trace))
+                del self.traces[: -self._keep]
             self.requests.append((path, body))
             del self.requests[: -self._keep]
 
@@ -198,7 +202,7 @@ class _Connection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         self._body: list[bytes] = []
-        self._key = b""
+        self._key = self._trace = b""
 
     def on_url(self, url: bytes) -> None:
         self._path = url.decode()
@@ -206,6 +210,8 @@ class _Connection(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         if name.lower() == b"authorization":
             self._key = value
+        elif name.lower() == b"traceparent":
+            self._trace = value
 
     def on_body(self, body: bytes) -> None:
         self._body.append(body)
@@ -222,7 +228,7 @@ class _Connection(asyncio.Protocol):
         if script.empty and path != "/health":
             return self._error(503, "No available workers")
         body: dict[str, Any] = orjson.loads(b"".join(self._body)) if self._body else {}
-        self._upstream.seen(path, body)
+        self._upstream.seen(path, body, self._trace.decode())
         if path == "/v1/models":
             self._json({"object": "list", "data": [{"id": MODEL, "object": "model"}]})
         elif path == "/health":

@@ -26,7 +26,7 @@ LEASE_S = 0.4
 
 
 @asynccontextmanager
-async def replica(engine: ScriptedEngine, url: str, **settings: object) -> AsyncIterator[httpx.AsyncClient]:
+async def replica(engine: ScriptedEngine, url: str, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
     async with in_memory(engine, **{"database_url": url, "lease_s": LEASE_S} | settings) as client:
         yield client
 

@@ -17,6 +17,7 @@ from mrsa_server.app import create_app
 from mrsa_server.engines.build import ServedEngine
 from mrsa_server.serve import protocol
 from mrsa_server.settings import Settings
+from mrsa_server.tracing import Tracing
 
 CHAT = "/v1/chat/completions"
 RESPONSES = "/v1/responses"
@@ -34,17 +35,17 @@ def settings_of(settings: dict[str, Any]) -> Settings:
     return Settings(**{"engine": "scripted", "state_dir": "none"} | settings)
 
 
-def scripted_app(engine: ServedEngine | None, settings: dict[str, Any]) -> FastAPI:
+def scripted_app(engine: ServedEngine | None, settings: dict[str, Any], tracing: Tracing | None = None) -> FastAPI:
     """The application over a scripted engine; without a store, unless the settings name one."""
-    return create_app(settings_of(settings), engine or ScriptedEngine())
+    return create_app(settings_of(settings), engine or ScriptedEngine(), tracing)
 
 
 @asynccontextmanager
 async def in_memory(
-    engine: ServedEngine | None = None, *, up: bool = True, **settings: Any
+    engine: ServedEngine | None = None, *, up: bool = True, tracing: Tracing | None = None, **settings: Any
 ) -> AsyncIterator[httpx.AsyncClient]:
     """The application without a socket; a response comes when it is whole. With `up` the engine is waited for."""
-    app = scripted_app(engine, settings)
+    app = scripted_app(engine, settings, tracing)
     async with app.router.lifespan_context(app):
         if up:
             await app.state.runner.host.wait_up(5)

@@ -220,6 +220,19 @@ authorization:
 {{- end }}
 {{- end -}}
 
+{{- define "mrsa.tracingEnv" -}}
+{{- with .Values.tracing.endpoint }}
+- {name: OTEL_EXPORTER_OTLP_ENDPOINT, value: {{ . | quote }}}
+- {name: OTEL_SERVICE_NAME, value: {{ include "mrsa.fullname" $ }}}
+{{- if $.Values.knative.enabled }}{{/* which takes no fieldRef as it comes */}}
+- {name: OTEL_RESOURCE_ATTRIBUTES, value: k8s.namespace.name={{ $.Release.Namespace }}}
+{{- else }}
+- {name: K8S_POD_NAME, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
+- {name: OTEL_RESOURCE_ATTRIBUTES, value: "k8s.namespace.name={{ $.Release.Namespace }},k8s.pod.name=$(K8S_POD_NAME)"}
+{{- end }}
+{{- end }}
+{{- end -}}
+
 {{/* The pod of a server, for a Deployment and for Knative. */}}
 {{- define "mrsa.serverPod" -}}
 {{- $server := .Values.server -}}
@@ -290,6 +303,7 @@ containers:
       {{- if $single }}
       - {name: HF_HUB_OFFLINE, value: "1"}
       {{- end }}
+      {{- with include "mrsa.tracingEnv" . }}{{ . | trim | nindent 6 }}{{ end }}
       {{- with $server.extraEnv }}{{ toYaml . | nindent 6 }}{{ end }}
     {{- if $single }}
     # Ready when the engine has loaded, which may take long; by then it is alive.
