@@ -51,6 +51,7 @@ from mrsa_server.api.errors import (
     Overloaded,
     RunCancelled,
     ShuttingDown,
+    StoreAway,
     TakenOver,
     to_stored,
 )
@@ -481,7 +482,7 @@ class Runner:
                 for claim in claims:
                     await self._take_up(journal, claim, templates, revive)
             except StoreUnavailable as error:
-                log.warning("store is away", reason=str(error))
+                log.debug("runs are not taken up", reason=str(error))
             if len(claims) < _TAKEN_AT_ONCE:
                 await self._rest(min(journal.store.lease_s / 2, _LOOK_S))
 
@@ -650,6 +651,8 @@ class Runner:
             run.book = await self._journal.open(record, events, *_ends(run))
         except KeyTaken:
             raise KeyBusy from None
+        except StoreUnavailable as error:
+            raise StoreAway(error.reason) from None
         run.stored.set()
 
     def _forget(self, run: Run) -> None:
