@@ -92,9 +92,10 @@ class Database:
         self._errors: tuple[type[Exception], ...] = (OSError, sqlite3.Error)
         try:
             if self.postgres:
+                import_module("greenlet")  # or SQLAlchemy misses it in many words, and where it pleases
+                driver = import_module("asyncpg")  # SQLAlchemy lets its errors through where it connects
                 from sqlalchemy.ext.asyncio import create_async_engine  # it brings the ORM along
 
-                driver = import_module("asyncpg")  # SQLAlchemy lets its errors through where it connects
                 self._errors = (OSError, driver.PostgresError, driver.InterfaceError)
                 self._engine = create_async_engine(
                     parsed,
@@ -107,8 +108,9 @@ class Database:
             else:
                 self._writer = Lanes(parsed, 1, writes=True, lock_s=wait_s, queue_s=_QUEUE * wait_s)
                 self._readers = Lanes(parsed, _READERS, writes=False, lock_s=wait_s, queue_s=_QUEUE * wait_s)
-        except ModuleNotFoundError as error:
-            raise StoreUnavailable(f"{error.name} is not installed: pip install 'mrsa-server[postgres]'") from error
+        except ImportError as error:
+            missed = f"Postgres needs {error.name or 'more than is installed'}"
+            raise StoreUnavailable(f'{missed}: pip install "mrsa-server[postgres]"') from error
 
     @property
     def now(self) -> ColumnElement[float]:
