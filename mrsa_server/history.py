@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("export", "a run's log as JSON lines", _export),
     ):
         below = _action(actions, name, summary, act)
-        below.add_argument("run_id", metavar="RUN", help="its id")
+        below.add_argument("run_id", metavar="RUN", help="its id, or that of its response or completion")
         if name == "export":
             below.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to (default: standard output)")
 
@@ -151,7 +151,7 @@ def _show(client: httpx.Client, arguments: argparse.Namespace) -> int:
         usage = one["usage"]
         console.print(
             f"{usage['completion_tokens']:,} tokens generated and {usage['prompt_tokens']:,} read"
-            + (f", {one['lost_tokens']:,} lost with their engine or server" if one["lost_tokens"] else "")
+            + (f", up to {one['lost_tokens']:,} lost with their engine or server" if one["lost_tokens"] else "")
         )
     for answer in one.get("answers", ())[:1]:
         console.print()

@@ -35,6 +35,7 @@ from mrsa_server.settings import Effort, Settings
 _MAX_TEXT = 8 * 2**20
 _MAX_INT = 2**53 - 1
 ALIAS_SUFFIX = "-mrsa"
+COMPLETION = "chatcmpl-"  # begins the id of every completion; its run has what follows it in its own
 
 Text = Annotated[str, StringConstraints(max_length=_MAX_TEXT)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -111,10 +112,13 @@ async def test_a_run_is_watched_over_a_restart_of_its_server(
         await app.state.runner.drain(0)
         with pytest.raises(KeyError):
             await asking  # a 503 without an answer
-    async with on_port(slow(), state_dir=tmp_path, lease_s=0.5, at=port):
+    async with on_port(slow(), state_dir=tmp_path, lease_s=0.5, at=port) as (url, _):
         async with asyncio.timeout(20):
             assert await watching == 0
-    lines = capsys.readouterr().out.splitlines()
+        watched = capsys.readouterr().out
+        assert await runs("show", run_id.replace("run_", "chatcmpl-"), "--url", url) == 0
+        assert re.search(r", up to [0-9,]+ lost with their engine or server", capsys.readouterr().out)
+    lines = watched.splitlines()
     assert sum("run started" in line for line in lines) == 1
     assert sum("run resumed" in line for line in lines) == 1
     assert "run finished" in lines[-1]
