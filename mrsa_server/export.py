@@ -101,6 +101,8 @@ def run(arguments: argparse.Namespace) -> int:
         reason = f"no server answers at {url}: {error}"
     except httpx.HTTPError as error:
         reason = f"the export was cut: {error}"
+    except BrokenPipeError:
+        raise  # `cli` knows what to do
     except OSError as error:
         reason = str(error)
     except KeyboardInterrupt:

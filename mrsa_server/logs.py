@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from typing import Literal
 
@@ -17,6 +18,7 @@ def _without_colors(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
 
 def configure(level: str, form: Literal["auto", "json", "text"]) -> None:
     """Set up logging for this process, to stderr; called once, by the command line."""
+    colors = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     text = form == "text" or (form == "auto" and sys.stderr.isatty())
     shared: list[Processor] = [
         structlog.stdlib.add_log_level,
@@ -32,7 +34,7 @@ def configure(level: str, form: Literal["auto", "json", "text"]) -> None:
     )
     last: list[Processor] = (
         # Not rich's tracebacks: they print every local variable, prompts among them, and take a second to do so.
-        [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
+        [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback)]
         if text
         else [
             structlog.processors.format_exc_info,

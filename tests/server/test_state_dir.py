@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pwd
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -124,6 +125,15 @@ def test_serve_warns_once_where_it_must_do_without(monkeypatch: pytest.MonkeyPat
     assert said.count("warning") == said.count(WARNING) == 1
     assert f'"folder": "{UNUSABLE}/mrsa-server"' in said
     assert "--state-dir DIR" in said
+
+
+def test_serve_says_that_its_port_is_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "mrsa_server", "serve", "--engine", "scripted", "--port", str(port)]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert said.returncode == 3
+    assert said.stderr == f"mrsa serve: 127.0.0.1:{port} is taken by another program: --port names another\n"
 
 
 def test_serve_names_a_folder_that_cannot_be_used() -> None:
