@@ -8,7 +8,9 @@ from collections.abc import Callable
 import structlog
 
 _AGAIN_S = 60.0
-_QUIET_S = 3.0  # to get through tells little where others do not: what is on a full disk can be read
+# Before it is told to be over: while a file is locked or its disk is full it can be read all the same, and who writes
+# may wait for ten seconds before he finds out.
+_QUIET_S = 15.0
 
 
 class Outage:
