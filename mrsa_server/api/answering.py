@@ -75,7 +75,7 @@ async def _earlier(request: Request, service: AskService, key: Key | None) -> Re
     """What a key stands for in the store; None where that is for this server alone to know."""
     if key is None or service.store is None or key.name in service.keys:
         return None
-    async with promptly():
+    async with promptly(service.store):
         record = await service.store.find_key(key.name)
     if record is None:
         return None
@@ -121,10 +121,10 @@ async def _detached(service: AskService, route: Route, asked: Asked) -> Response
     run = asked.run
     try:
         await run.stored.wait()
-        async with promptly():
-            record = None
-            if run.book is not None and service.store is not None:
-                record = await service.store.get(run.id)
+        if run.book is None or service.store is None:
+            raise run.error or RunCancelled()
+        async with promptly(service.store):
+            record = await service.store.get(run.id)
             if record is None:
                 raise run.error or RunCancelled()
             assert route.detached is not None  # or no request could ask for it

@@ -77,7 +77,7 @@ async def create_batch(request: Request) -> Response:
     except ClientGone:
         return Response(status_code=499)  # nobody reads it
     digest = digest_of(request.scope["path"].encode() + b"\0" + raw)
-    async with promptly() as wanted:
+    async with promptly(service.batches) as wanted:
         if key is not None and (earlier := await service.batches.find_key(key)) is not None:
             return await _same(service, earlier, digest)
         made = await _made(service, caller, parse_batch(raw), key, digest, wanted)

@@ -102,13 +102,13 @@ async def _keep(files: FileStore, form: FormData, max_bytes: int, key_id: str | 
     keep_s = parse_expiry(*(part if isinstance(part, str) else None for part in given))
     now = time.time()
     # Without a word about it, a month, as OpenAI's: batches have read theirs long before.
-    async with promptly():
+    async with promptly(files):
         writing = await files.begin(filename, "batch", now, now + (keep_s or LONGEST_S), key_id)
     try:
         while data := await found.read(_READ_BYTES):
-            async with promptly():
+            async with promptly(files):
                 await writing.write(data)
-        async with promptly():
+        async with promptly(files):
             return await writing.close()
     except StoreUnavailable:  # what is half done is swept away later
         raise

@@ -163,7 +163,7 @@ async def _complete(service: AskService, raw: bytes, caller: Caller) -> bytes:
         if error.param != "input":  # what is too little by itself may do as the end of more
             raise
     name = _NAME.fullmatch(earlier)
-    async with promptly():
+    async with promptly(service.store):
         record = await service.store.get(RUN + name[1]) if name else None
     if record is None or record.kind != "response" or not caller.sees(record.key_id):
         raise BadRequest(

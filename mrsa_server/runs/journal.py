@@ -177,7 +177,7 @@ class Journal:
         away: StoreUnavailable | None = None
         error: BaseException
         try:
-            async with promptly() as wanted:
+            async with promptly(self.store) as wanted:
 
                 async def create() -> Claim:
                     nonlocal attempt, away

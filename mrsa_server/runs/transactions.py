@@ -12,6 +12,7 @@ from mrsa_server.runs.outage import Outage
 from mrsa_server.runs.store_errors import StoreUnavailable
 
 Operation = Literal["write", "read", "renew", "claim", "prune", "other"]
+_WRITING: frozenset[Operation] = frozenset({"write", "renew"})  # always: others look first
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -36,12 +37,17 @@ class Transactions:
     """Those that are under way; none is begun any more once it is `closed`. An observer is told of each.
 
     The log is told here, and nowhere else, that the database is away and that it is back.
+
+    Attributes:
+        closed: Whether none is begun any more.
+        written_at: When one that writes last got through, on the loop's clock.
     """
 
     def __init__(self) -> None:
         self.closed = False
         self.observer: Observer | None = None
         self._running: set[asyncio.Task[Any]] = set()
+        self.written_at = float("-inf")
         self._outage = Outage("store", "mrsa.store")
 
     async def run(self, operation: Operation, transaction: Coroutine[Any, Any, _T]) -> _T:
@@ -63,6 +69,8 @@ class Transactions:
                     self._outage.missed(str(away))
                 else:
                     self._outage.met()
+                    if operation in _WRITING:
+                        self.written_at = asyncio.get_running_loop().time()
             if self.observer is not None:
                 self.observer.store_call(operation, time.perf_counter() - began)
 

@@ -17,7 +17,7 @@ from mrsa_server.runs import outage, patience
 from mrsa_server.runs.batch_store import BatchStore
 from mrsa_server.runs.database import Database
 from mrsa_server.runs.outage import Outage
-from mrsa_server.runs.store import RunStore
+from mrsa_server.runs.store import Claim, RunStore
 from mrsa_server.runs.store_errors import StoreUnavailable
 from tests.helpers.postgres import Postgres
 from tests.helpers.replicas import LEASE_S, SIZES, replica, running, slow, until_ended
@@ -105,6 +105,24 @@ async def test_what_is_new_is_refused_in_time_where_the_store_hangs_and_never_be
         again = await client.post(RESPONSES, json=background(), headers=key)
         assert again.status_code == 200
         await until_ended(store, "run_" + again.json()["id"].removeprefix("resp_"))
+
+
+async def test_a_store_that_many_write_to_at_once_is_not_taken_to_be_away(
+    store: RunStore, store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = RunStore.create
+
+    async def queued(self: RunStore, *given: Any, **options: Any) -> Claim:
+        turn = 0
+        while turn < 3 * NEW_S:
+            await asyncio.sleep(NEW_S / 3)
+            turn += NEW_S / 3
+            self.transactions.written_at = asyncio.get_running_loop().time()  # others' turns
+        return await create(self, *given, **options)
+
+    async with replica(slow(), store_url) as client:
+        monkeypatch.setattr(RunStore, "create", queued)
+        assert (await client.post(RESPONSES, json=background())).status_code == 200
 
 
 async def test_a_run_that_was_stored_after_its_client_was_refused_is_forgotten(
