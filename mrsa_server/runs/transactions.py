@@ -12,7 +12,6 @@ from mrsa_server.runs.outage import Outage
 from mrsa_server.runs.store_errors import StoreUnavailable
 
 Operation = Literal["write", "read", "renew", "claim", "prune", "other"]
-_WRITING: frozenset[Operation] = frozenset({"write", "renew"})  # always: others look first
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -69,7 +68,7 @@ class Transactions:
                     self._outage.missed(str(away))
                 else:
                     self._outage.met()
-                    if operation in _WRITING:
+                    if operation == "write":  # others write where there is something to write
                         self.written_at = asyncio.get_running_loop().time()
             if self.observer is not None:
                 self.observer.store_call(operation, time.perf_counter() - began)
