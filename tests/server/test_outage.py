@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -21,7 +23,7 @@ from mrsa_server.runs.store import Claim, RunStore
 from mrsa_server.runs.store_errors import StoreUnavailable
 from tests.helpers.postgres import Postgres
 from tests.helpers.replicas import LEASE_S, SIZES, replica, running, slow, until_ended
-from tests.helpers.serving import CHAT, RESPONSES, ask
+from tests.helpers.serving import CHAT, RESPONSES, ask, in_memory
 
 NEW_S = 0.6
 BATCH = {"endpoint": CHAT, "completion_window": "24h"}
@@ -105,6 +107,20 @@ async def test_what_is_new_is_refused_in_time_where_the_store_hangs_and_never_be
         again = await client.post(RESPONSES, json=background(), headers=key)
         assert again.status_code == 200
         await until_ended(store, "run_" + again.json()["id"].removeprefix("resp_"))
+
+
+async def test_a_file_that_somebody_has_locked_is_away_though_it_can_be_read(tmp_path: Path) -> None:
+    async with in_memory(state_dir=tmp_path, lease_s=LEASE_S) as client:
+        with closing(sqlite3.connect(tmp_path / "runs.db", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            began = time.monotonic()
+            async with asyncio.timeout(8):
+                for _ in range(2):
+                    await refused(await client.post(RESPONSES, json=background()), began)
+                    began = time.monotonic()
+            other.execute("ROLLBACK")
+        await asyncio.sleep(2 * LEASE_S)
+        assert (await client.get("/v1/runs")).json()["data"] == []
 
 
 async def test_a_store_that_many_write_to_at_once_is_not_taken_to_be_away(
