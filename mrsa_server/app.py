@@ -234,7 +234,8 @@ async def _api_error(request: Request, error: Exception) -> Response:
 
 
 async def _store_away(request: Request, error: Exception) -> Response:
-    return to_response(StoreAway(str(error)))
+    assert isinstance(error, StoreUnavailable)  # registered for it alone
+    return to_response(StoreAway(error.reason))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

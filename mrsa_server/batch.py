@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +24,11 @@ import orjson
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mrsa_server.api.batches_wire import BatchBody
+from mrsa_server.api.errors import BadRequest
+from mrsa_server.api.wire import ChatBody, MrsaIn, read
 from mrsa_server.client import base_url, connect, message_of
-from mrsa_server.problems import BadProblems, Problems, Wanted, write_batch
+from mrsa_server.problems import CHAT, BadProblems, Problems, Wanted, write_batch
 from mrsa_server.settings import Effort
 
 _POLL_S = 1.0
@@ -33,8 +36,17 @@ _GIVE_UP_S = 900.0  # without a word from the server; the batch goes on there
 _LONGEST_PAUSE_S = 10.0
 _KEEP_S = 30 * 86_400  # that the server keeps the results
 _AGAIN = frozenset({408, 429, 502, 503, 504})  # what a server says that is about to come back
+# How a field of the API is written here.
+_FLAGS = {
+    "mrsa": "--mrsa",
+    "max_completion_tokens": "--max-tokens",
+    "temperature": "--temperature",
+    "completion_window": "--window",
+}
 _ENDED = frozenset({"completed", "failed", "expired", "cancelled"})
 _MOST_ERRORS = 10  # that are told
+_REASON = 300  # characters of one
+_FEW = 8  # lines, or fields, that are named
 _NOBODY: dict[str, object] = {"code": "no_result", "message": "The batch ended without a word about this line."}
 
 
@@ -42,11 +54,32 @@ class Failed(Exception):
     """There are no results; the message is for a person."""
 
 
+class Reason(NamedTuple):
+    """Why a line has no answer: an error's code and message."""
+
+    code: str
+    message: str
+
+
 class Results(NamedTuple):
-    """How many lines were written, and how many of them have no answer."""
+    """What was written: how many lines, and where in the problems those stand that have no answer."""
 
     lines: int
-    failed: int
+    failures: Mapping[Reason, Sequence[int]]
+
+    @property
+    def failed(self) -> int:
+        """How many lines have no answer."""
+        return sum(map(len, self.failures.values()))
+
+    def told(self) -> Iterator[str]:
+        """Why lines have no answer, the most frequent reasons first."""
+        found = sorted(self.failures.items(), key=lambda one: -len(one[1]))
+        for reason, places in found[:_MOST_ERRORS]:
+            lines = f"line {places[0]}" if len(places) == 1 else f"{len(places):,} lines ({_few(places)})"
+            yield f"{lines}: {reason.code}: {reason.message}"
+        if more := found[_MOST_ERRORS:]:
+            yield f"and {sum(len(places) for _, places in more):,} lines for {len(more):,} other reasons"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,8 +87,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Send a file of problems to a running server as one batch, follow it, and write the results in the same order. "
         'A line is {"problem": "..."} (or prompt, question, input) or {"messages": [...]}, each with an id if it has '
-        "one, or a line of a batch as OpenAI has it. The batch goes on at the server when this command is stopped; "
-        "the same command comes back to it."
+        "one and with fields of a chat such as mrsa, model or temperature, which go before the flags; or a line of a "
+        "batch as OpenAI has it. The batch goes on at the server when this command is stopped; the same command comes "
+        "back to it."
     )
     parser.epilog = "Exit status: 0 if every line has an answer, 1 if not, 130 when interrupted."
     parser.add_argument("problems", type=Path, help="the problems, JSON lines")
@@ -94,6 +128,26 @@ def _pair(text: str) -> tuple[str, Any]:
         return name, orjson.loads(value)
     except orjson.JSONDecodeError:
         return name, value
+
+
+def _check_flags(given: argparse.Namespace) -> None:
+    """Refuse what the server would, in its words, before anything is sent.
+
+    Raises:
+        Failed: Names the flag.
+    """
+    asked: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "?"}], "mrsa": dict(given.mrsa)}
+    asked |= {"max_completion_tokens": given.max_tokens, "temperature": given.temperature}
+    batch = {"input_file_id": "f", "endpoint": CHAT, "completion_window": given.window}
+    try:
+        read(ChatBody, asked)
+        read(BatchBody, batch)
+    except BadRequest as error:
+        path = (error.param or "").split(".")
+        flag = _FLAGS[path[0]]
+        if error.code == "unknown_parameter":
+            raise Failed(f"{flag} {path[-1]}: is none of {', '.join(MrsaIn.model_fields)}") from None
+        raise Failed(" ".join((flag, *path[1:])) + error.message.removeprefix(error.param or "")) from None
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -161,6 +215,7 @@ class _Command:
         self._note_path = _note_path(arguments.output)
         self._note = _Note("", "")
         self._heard = False  # from the server
+        self._waiting = False  # for it to come back
 
     def run(self) -> int:
         """From wherever it stands to the results."""
@@ -171,10 +226,15 @@ class _Command:
             raise Failed(f"{self._output} is there already: --force overwrites it")
         if not self._output.parent.is_dir():
             raise Failed(f"{self._output.parent} is no folder")
+        _check_flags(self._arguments)
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="mrsa-batch-") as folder:
             upload = Path(folder) / "batch.jsonl"
             problems = self._prepare(upload)
+            if problems.unused:
+                self._console.print(
+                    f"Not sent, for they are no part of a request: {_few(problems.unused)}.", markup=False
+                )
             batch = self._follow(self._begin(upload, problems), len(problems.ids))
             if batch["status"] == "failed":
                 self._note_path.unlink()
@@ -182,6 +242,8 @@ class _Command:
             found = [self._download(batch[name], Path(folder) / name) for name in ("output_file_id", "error_file_id")]
             results = _write(self._output, problems.ids, found)
         self._note_path.unlink()
+        for line in results.told():
+            self._console.print(line, markup=False)
         self._console.print(_summary(batch, results, self._output, time.monotonic() - began), markup=False)
         return 1 if results.failed else 0
 
@@ -302,6 +364,9 @@ class _Command:
                 reason = str(error) or type(error).__name__
             else:
                 self._heard = True
+                if self._waiting and response.status_code not in _AGAIN:
+                    self._waiting = False
+                    self._console.print("The server is back.")
                 if response.status_code == 404 and self._note.batch_id is not None:
                     raise Failed(f"{message_of(response)} To begin anew, remove {self._note_path}.")
                 if response.status_code not in _AGAIN:
@@ -309,6 +374,9 @@ class _Command:
                 reason = message_of(response)
             if time.monotonic() > until:
                 raise Failed(f"the server does not come back ({reason}): the same command goes on when it does")
+            if not self._waiting:
+                self._waiting = True
+                self._console.print(f"Waiting for the server: {reason}", markup=False)
             away(reason)
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
@@ -361,27 +429,35 @@ class _Board:
         self._progress.update(self._task, description="waiting for the server", detail=reason[:60])
 
 
-def _write(output: Path, ids: Sequence[str], found: Sequence[Path | None]) -> Results:
+def _write(output: Path, ids: Mapping[str, int], found: Sequence[Path | None]) -> Results:
     """Write a line for each problem, in their order, all or nothing."""
-    failed = 0
+    failures: dict[Reason, list[int]] = {}
 
     def write(file: Any) -> None:
-        nonlocal failed
         with contextlib.ExitStack() as stack:
             heads = [_Head(stack.enter_context(path.open("rb"))) for path in found if path is not None]
-            for custom_id in ids:
+            for custom_id, place in ids.items():
                 head = next((one for one in heads if one.custom_id == custom_id), None)
                 if head is None:
                     nothing = {"id": None, "custom_id": custom_id, "response": None, "error": _NOBODY}
                     file.write(orjson.dumps(nothing, option=orjson.OPT_APPEND_NEWLINE))
-                    failed += 1
+                    failures.setdefault(_reason(_NOBODY), []).append(place)
                     continue
                 file.write(head.data)
-                failed += not head.good
+                if head.reason is not None:
+                    failures.setdefault(head.reason, []).append(place)
                 head.next()
 
     _replace(output, write)
-    return Results(len(ids), failed)
+    return Results(len(ids), failures)
+
+
+def _reason(error: Mapping[str, object]) -> Reason:
+    return Reason(str(error.get("code") or "error"), " ".join(str(error.get("message", "")).split())[:_REASON])
+
+
+def _few(things: Sequence[object]) -> str:
+    return ", ".join(map(str, things[:_FEW])) + (", ..." if len(things) > _FEW else "")
 
 
 class _Head:
@@ -395,7 +471,11 @@ class _Head:
         self.data = next(self._lines, b"")
         line = orjson.loads(self.data) if self.data else {}
         self.custom_id: str | None = line.get("custom_id")
-        self.good = bool(line) and line["error"] is None and line["response"]["status_code"] == 200
+        self.reason: Reason | None = None  # for having no answer
+        if line and line["error"] is not None:
+            self.reason = _reason(line["error"])
+        elif line and line["response"]["status_code"] != 200:
+            self.reason = _reason(line["response"]["body"]["error"])
 
 
 def _replace(path: Path, write: Callable[[Any], object]) -> None:

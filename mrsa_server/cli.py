@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -35,6 +36,9 @@ _COMMANDS = (
 )
 
 
+_PIPE = 141  # the status of what SIGPIPE ends, as shells have it
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; its exit status."""
     words = sys.argv[1:] if argv is None else list(argv)
@@ -57,7 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             below.set_defaults(run=module.run)
     commands.add_parser("version", help="print the version").set_defaults(run=_version)
     arguments = parser.parse_args(words)
-    status: int = arguments.run(arguments)
+    try:
+        status: int = arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has enough of it, as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at the end
+        return _PIPE
     return status
 
 

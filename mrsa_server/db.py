@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from mrsa_server import migrations
 from mrsa_server.runs.database import Database
-from mrsa_server.runs.store_errors import StoreError
+from mrsa_server.runs.store_errors import StoreError, StoreUnavailable
 from mrsa_server.settings import Settings
 
 _FAILED = 3
@@ -49,6 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
         return _fail(str(error))
     try:
         return asyncio.run(_act(database, arguments.action))
+    except StoreUnavailable as error:  # it names the place
+        return _fail(str(error))
     except StoreError as error:
         return _fail(f"{database.name}: {error}")
 

@@ -58,7 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the server (default: http://127.0.0.1:8000) [MRSA_URL]; its key goes into MRSA_API_KEY",
     )
     which = parser.add_argument_group("which runs")
-    which.add_argument("--run", action="append", dest="named", metavar="RUN", help="only this run; may be repeated")
+    which.add_argument(
+        "--run",
+        action="append",
+        dest="named",
+        metavar="RUN",
+        help="only this run, by its id or by that of its response or completion; may be repeated",
+    )
     which.add_argument("--status", help="only these (default: finished,stopped)")
     which.add_argument("--model", help="only of this model, as the requests name it")
     which.add_argument("--since", metavar="TIME", help="only from then on: Unix seconds, or a date such as 2026-07-01")
@@ -95,6 +101,8 @@ def run(arguments: argparse.Namespace) -> int:
         reason = f"no server answers at {url}: {error}"
     except httpx.HTTPError as error:
         reason = f"the export was cut: {error}"
+    except BrokenPipeError:
+        raise  # `cli` knows what to do
     except OSError as error:
         reason = str(error)
     except KeyboardInterrupt:

@@ -9,14 +9,13 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import httpx
 import orjson
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -26,7 +25,10 @@ from mrsa_server.client import base_url, connect, lines, message_of
 _TRIES = 30  # to come back to a stream that was cut
 _PAUSE_S = 1.0
 _WIDE = 200  # characters of a line that no terminal shows
+_ROOMY = 110  # characters of a terminal that shows all of a list
+_LEAST_ANSWER = 12  # of all answers of a round, in a terminal however narrow
 _ANSWER = 72  # characters of one in a table
+_MOST_MARKS = 32  # in one line of a narrow terminal
 _MARKS = {"finished": "●", "lost": "✗", "skipped": "=", "running": "◐", "waiting": "○"}
 
 
@@ -44,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     listing.add_argument("--status", help="only these, such as queued,running or finished")
     listing.add_argument("--model", help="only of this model")
     listing.add_argument("--batch", metavar="BATCH", help="only those of this batch")
-    listing.add_argument("--limit", type=int, default=20, metavar="N", help="most runs (default: 20)")
+    listing.add_argument("--limit", type=_count, default=20, metavar="N", help="most runs (default: 20)")
     for name, summary, act in (
         ("show", "one run: rounds, rollouts, answers, usage", _show),
         ("watch", "follow a run's events until it ends, over cut connections", _watch),
@@ -52,9 +54,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("export", "a run's log as JSON lines", _export),
     ):
         below = _action(actions, name, summary, act)
-        below.add_argument("run_id", metavar="RUN", help="its id")
+        below.add_argument("run_id", metavar="RUN", help="its id, or that of its response or completion")
         if name == "export":
             below.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to (default: standard output)")
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text!r}")
+    return int(text)
 
 
 def _action(
@@ -83,6 +91,8 @@ def run(arguments: argparse.Namespace) -> int:
         reason = str(refusal)
     except httpx.HTTPError as error:
         reason = f"no server answers at {url}: {error}"
+    except BrokenPipeError:
+        raise  # `cli` knows what to do
     except OSError as error:
         reason = str(error)
     except KeyboardInterrupt:
@@ -112,18 +122,23 @@ def _list(client: httpx.Client, arguments: argparse.Namespace) -> int:
     if arguments.json:
         sys.stdout.buffer.write(orjson.dumps(found, option=orjson.OPT_INDENT_2) + b"\n")
         return 0
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("run", no_wrap=True, min_width=36)  # whole: it is what the other actions want
-    for name in ("status", "model", "effort", "created"):
+    console = _console()
+    # The id is whole, since it is what the other actions want; so is all that stands beside it.
+    names = ("id", "status", *(("model", "effort") if console.width >= _ROOMY else ()))
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("run", *names[1:], "created"):
         table.add_column(name, no_wrap=True)
     table.add_column("seconds", justify="right")
     for one in found:
         created = datetime.fromtimestamp(one["created_at"]).strftime("%Y-%m-%d %H:%M:%S")
-        told = [Text(str(one[name] or "")) for name in ("id", "status", "model", "effort")]
-        table.add_row(*told, created, f"{one['seconds']:,.1f}")
-    width = None if sys.stdout.isatty() else _WIDE
-    Console(soft_wrap=True, width=width).print(table if found else "No runs.")
+        table.add_row(*(Text(str(one[name] or "")) for name in names), created, f"{one['seconds']:,.1f}")
+    console.print(table if found else "No runs.")
     return 0
+
+
+def _console() -> Console:
+    """Standard output: a terminal with its width, or a pipe, for which no line is broken or cut short."""
+    return Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _WIDE)
 
 
 def _show(client: httpx.Client, arguments: argparse.Namespace) -> int:
@@ -131,32 +146,38 @@ def _show(client: httpx.Client, arguments: argparse.Namespace) -> int:
     if arguments.json:
         sys.stdout.buffer.write(orjson.dumps(one, option=orjson.OPT_INDENT_2) + b"\n")
         return 0
-    console = Console(soft_wrap=True, highlight=False)
+    console = _console()
     console.print(Text(f"{one['id']}: {one['status']}, {one['model']}, {one['seconds']:,.1f} s", style="bold"))
     if one["error"] is not None:
         console.print(Text(one["error"]["message"], style="red"))
     if "rounds" in one:
-        table = Table(box=None, padding=(0, 2), header_style="dim")
-        for name in ("round", "rollouts", "tokens", "answers"):
-            table.add_column(name, justify="right" if name == "tokens" else "left")
-        for row in one["rounds"]:
-            answers = dict.fromkeys(rollout["answer"] for rollout in row["rollouts"] if rollout.get("answer"))
-            table.add_row(
-                str(row["round"]),
-                "".join(_MARKS[rollout["status"]] for rollout in row["rollouts"]),
-                f"{row['usage']['completion_tokens']:,}",
-                Text(" | ".join(" ".join(answer.split())[:_ANSWER] for answer in list(answers)[:3])),
-            )
-        console.print(table)
+        console.print(_rounds(one["rounds"], console.width))
         usage = one["usage"]
         console.print(
             f"{usage['completion_tokens']:,} tokens generated and {usage['prompt_tokens']:,} read"
-            + (f", {one['lost_tokens']:,} lost with their engine or server" if one["lost_tokens"] else "")
+            + (f", up to {one['lost_tokens']:,} lost with their engine or server" if one["lost_tokens"] else "")
         )
     for answer in one.get("answers", ())[:1]:
         console.print()
         console.print(Text(answer["content"]))
     return 0
+
+
+def _rounds(rounds: Sequence[dict[str, Any]], width: int) -> Table:
+    """A line for each round, within a terminal's width: answers are cut short before marks are."""
+    marks = ["".join(_MARKS[rollout["status"]] for rollout in row["rollouts"]) for row in rounds]
+    tokens = [f"{row['usage']['completion_tokens']:,}" for row in rounds]
+    widths = [len("round"), min(_MOST_MARKS, max(map(len, [*marks, "rollouts"]))), max(map(len, [*tokens, "tokens"]))]
+    table = Table(box=None, padding=(0, 2), header_style="dim")
+    for name, most in zip(("round", "rollouts", "tokens"), widths, strict=True):
+        table.add_column(name, width=most, overflow="fold", justify="right" if name == "tokens" else "left")
+    left = width - sum(widths) - 4 * (len(widths) + 1)
+    table.add_column("answers", no_wrap=True, overflow="ellipsis", max_width=max(_LEAST_ANSWER, left))
+    for row, marked, told in zip(rounds, marks, tokens, strict=True):
+        answers = dict.fromkeys(rollout["answer"] for rollout in row["rollouts"] if rollout.get("answer"))
+        short = Text(" | ".join(" ".join(answer.split())[:_ANSWER] for answer in list(answers)[:3]))
+        table.add_row(str(row["round"]), marked, told, short)
+    return table
 
 
 def _watch(client: httpx.Client, arguments: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import Literal
@@ -24,6 +25,7 @@ def configure(level: str, form: Literal["auto", "json", "text"], further: Sequen
         form: Of the lines; `auto` is text in a terminal.
         further: What each line is to go through beside the usual.
     """
+    colors = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     text = form == "text" or (form == "auto" and sys.stderr.isatty())
     shared: list[Processor] = [
         structlog.stdlib.add_log_level,
@@ -40,7 +42,7 @@ def configure(level: str, form: Literal["auto", "json", "text"], further: Sequen
     )
     last: list[Processor] = (
         # Not rich's tracebacks: they print every local variable, prompts among them, and take a second to do so.
-        [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
+        [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback)]
         if text
         else [
             structlog.processors.format_exc_info,

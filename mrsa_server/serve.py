@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import errno
 import gc
 import json
 import socket
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from enum import StrEnum
 from http import HTTPStatus
 from typing import get_args
@@ -102,6 +104,10 @@ def run(arguments: argparse.Namespace) -> int:
     except (ValueError, StoreError) as error:  # the former of a URL that cannot be read, of keys, of tracing
         print(f"mrsa serve: {error}", file=sys.stderr)
         return _FAILED
+    if is_taken(settings.host, settings.port):
+        where = f"{settings.host}:{settings.port}"
+        print(f"mrsa serve: {where} is taken by another program: --port names another", file=sys.stderr)
+        return _FAILED
     raise_limit()
     room = places(settings)
     app = create_app(settings)
@@ -128,6 +134,22 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"mrsa serve: the engine cannot start: {runner.host.reason}", file=sys.stderr)
         return _FAILED
     return 0
+
+
+def is_taken(host: str, port: int) -> bool:
+    """Whether another program listens there, known before an engine is loaded; other faults are for uvicorn to find."""
+    with suppress(OSError):
+        for family, kind, number, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind, number) as tried:
+                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    tried.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                try:
+                    tried.bind(address)
+                except OSError as error:
+                    if error.errno == errno.EADDRINUSE:
+                        return True
+    return False
 
 
 async def _with_store(settings: Settings) -> Settings:

@@ -17,6 +17,7 @@ STORE = {
     "database",
     "file_store",
     "lanes",
+    "outage",
     "record",
     "store",
     "store_errors",

@@ -19,6 +19,7 @@ from mrsa_server.api.errors import KeyBusy, KeyInUse, RunCancelled, of_params
 from mrsa_server.api.idempotency import Asked, Kept, digest_of, read_key
 from mrsa_server.api.sse import KEEP_ALIVE, ClientGone, EventStream, error_frame, until_gone
 from mrsa_server.api.stored import asked_again, unavailable, until_ended
+from mrsa_server.runs.patience import promptly
 from mrsa_server.runs.runner import Prepared, Run, Subscription
 from mrsa_server.runs.store_errors import StoreUnavailable
 
@@ -50,7 +51,8 @@ async def answer(request: Request, route: Route) -> Response:
             return _replayed(found)
         asked = found or submit(service, route, raw, caller, key, trace_of_request(request))
         if asked.reply.background:
-            return await _detached(service, route, asked)
+            async with until_gone(request.receive):
+                return await _detached(service, route, asked)
         if found is None and key is not None:
             service.keys.put(key.name, asking, asked, lambda: _whole(service, route, asked))
         run, reply = asked
@@ -73,7 +75,8 @@ async def _earlier(request: Request, service: AskService, key: Key | None) -> Re
     """What a key stands for in the store; None where that is for this server alone to know."""
     if key is None or service.store is None or key.name in service.keys:
         return None
-    record = await service.store.find_key(key.name)
+    async with promptly(service.store):
+        record = await service.store.find_key(key.name)
     if record is None:
         return None
     if record.body_digest != key.digest:
@@ -116,14 +119,19 @@ async def _late(service: AskService, record: StoredRun) -> AsyncGenerator[bytes,
 async def _detached(service: AskService, route: Route, asked: Asked) -> Response:
     """The first answer to a request whose run goes on by itself."""
     run = asked.run
-    await run.stored.wait()
-    record = None
-    if run.book is not None and service.store is not None:
-        record = await service.store.get(run.id)
-    if record is None:
-        raise run.error or RunCancelled()
-    assert route.detached is not None  # or no request could ask for it
-    return await route.detached(service, record)
+    try:
+        await run.stored.wait()
+        if run.book is None or service.store is None:
+            raise run.error or RunCancelled()
+        async with promptly(service.store):
+            record = await service.store.get(run.id)
+            if record is None:
+                raise run.error or RunCancelled()
+            assert route.detached is not None  # or no request could ask for it
+            return await route.detached(service, record)
+    except (asyncio.CancelledError, StoreUnavailable):  # who asked never hears its name
+        run.cancel(RunCancelled())
+        raise
 
 
 async def _whole(service: AskService, route: Route, asked: Asked) -> bytes:

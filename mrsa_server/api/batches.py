@@ -17,14 +17,15 @@ from starlette.responses import Response
 from harness.types import InvalidParams
 from mrsa_server.api.asking import AskService, Route, read_body
 from mrsa_server.api.auth import caller_of, needs
-from mrsa_server.api.batches_wire import ENDPOINTS, batch_object, hours, parse_batch, spent_of
+from mrsa_server.api.batches_wire import ENDPOINTS, BatchBody, batch_object, hours, parse_batch, spent_of
 from mrsa_server.api.errors import NO_RETRY, ApiError, BadRequest, KeyInUse, of_params
 from mrsa_server.api.files import find_file, not_stored
 from mrsa_server.api.idempotency import digest_of, read_key
 from mrsa_server.api.query import integer, query
 from mrsa_server.api.sse import ClientGone
 from mrsa_server.api.stored import answer_of
-from mrsa_server.keyring import Scope, maker
+from mrsa_server.keyring import Caller, Scope, maker
+from mrsa_server.runs.patience import promptly
 from mrsa_server.runs.requests import Answered, Checked, Requests
 
 if TYPE_CHECKING:  # a server without a store loads no database
@@ -69,8 +70,6 @@ def _service(request: Request) -> BatchesService:
 @needs(Scope.INFERENCE)
 async def create_batch(request: Request) -> Response:
     """Begin a batch: `input_file_id`, `endpoint`, `completion_window`, `metadata`, `output_expires_after`."""
-    from mrsa_server.runs.batch_store import NewBatch  # it is there, since there is a store
-
     service, caller = _service(request), caller_of(request)
     try:
         key = read_key(request.headers.get("idempotency-key"), caller.key_id)
@@ -78,9 +77,20 @@ async def create_batch(request: Request) -> Response:
     except ClientGone:
         return Response(status_code=499)  # nobody reads it
     digest = digest_of(request.scope["path"].encode() + b"\0" + raw)
-    if key is not None and (earlier := await service.batches.find_key(key)) is not None:
-        return await _same(service, earlier, digest)
-    body = parse_batch(raw)
+    async with promptly(service.batches) as wanted:
+        if key is not None and (earlier := await service.batches.find_key(key)) is not None:
+            return await _same(service, earlier, digest)
+        made = await _made(service, caller, parse_batch(raw), key, digest, wanted)
+    service.wake()
+    return await _same(service, made, digest)
+
+
+async def _made(
+    service: BatchesService, caller: Caller, body: BatchBody, key: str | None, digest: bytes, wanted: Callable[[], bool]
+) -> StoredBatch:
+    """A new batch, or the one that has its key of idempotency."""
+    from mrsa_server.runs.batch_store import NewBatch  # it is there, since there is a store
+
     file = await find_file(service.files, body.input_file_id, caller)
     if file is None or file.purpose != "batch":
         message = f"input_file_id: there is no file {body.input_file_id[:128]!r} of the purpose batch"
@@ -100,9 +110,7 @@ async def create_batch(request: Request) -> Response:
         body_digest=digest,
         key_id=caller.key_id,
     )
-    made = await service.batches.create(record)
-    service.wake()
-    return await _same(service, made, digest)
+    return await service.batches.create(record, wanted=wanted)
 
 
 async def _same(service: BatchesService, batch: StoredBatch, digest: bytes) -> Response:

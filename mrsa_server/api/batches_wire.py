@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, Field, StringConstraints
 from pydantic_core import PydanticCustomError
 
 from mrsa_server.api.errors import BadRequest
-from mrsa_server.api.wire import Name, Wire, of_validation, read_object
+from mrsa_server.api.wire import Name, Wire, read, read_object
 from mrsa_server.runs.record import RunKind, Spent
 
 if TYPE_CHECKING:  # a server without a store loads no database
@@ -67,11 +67,7 @@ def parse_batch(raw: bytes) -> BatchBody:
     Raises:
         BadRequest: Naming the field and what is wrong with it.
     """
-    data = read_object(raw)
-    try:
-        return BatchBody.model_validate(data)
-    except ValidationError as error:
-        raise of_validation(error, data, {}) from None
+    return read(BatchBody, read_object(raw))
 
 
 def parse_expiry(anchor: str | None, seconds: str | None) -> int | None:

@@ -10,7 +10,7 @@ from mrsa_server.api.asking import Route
 from mrsa_server.api.auth import needs
 from mrsa_server.api.chunks import ChatChunks
 from mrsa_server.api.completion import Reply, completion
-from mrsa_server.api.wire import parse_chat
+from mrsa_server.api.wire import COMPLETION, parse_chat
 from mrsa_server.keyring import Scope
 from mrsa_server.settings import Settings
 
@@ -25,7 +25,7 @@ async def chat_completions(request: Request) -> Response:
 
 
 def _read(raw: bytes, settings: Settings, name: str, created: int) -> Reply:
-    return Reply(parse_chat(raw, settings), f"chatcmpl-{name}", created)
+    return Reply(parse_chat(raw, settings), f"{COMPLETION}{name}", created)
 
 
 ROUTE = Route("chat.completion", _read, ChatChunks, completion)

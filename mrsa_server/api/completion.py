@@ -202,7 +202,7 @@ def report(run: Run, reply: Reply) -> dict[str, object]:
         ],
         "stopped": outcome.stopped.value if outcome.stopped else None,
         "saved": _saved(state),
-        "lost_tokens": state.charged_tokens,
+        "lost_tokens": state.charged_tokens,  # at most so many: nobody knows what a lost server had generated
         "usage": usage,
     }
 

@@ -115,7 +115,8 @@ class StoreAway(ApiError):
     """The store does not answer."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__(503, "store_unavailable", reason, headers=_RETRY)
+        message = f"The store is not available: {reason}"
+        super().__init__(503, "store_unavailable", message, headers=_RETRY)
 
 
 class RunCancelled(ApiError):

@@ -15,7 +15,7 @@ from harness.selection import MathJudge
 from mrsa_server.api.auth import caller_of, needs
 from mrsa_server.api.errors import BadRequest
 from mrsa_server.api.query import boolean, integer, moment, one_of, query
-from mrsa_server.api.runs import RUN_NAME, RunsService
+from mrsa_server.api.runs import RunsService, find_run
 from mrsa_server.api.training import Exporter, Form, Only, Rounds, Thinking, Wanted
 from mrsa_server.keyring import Scope
 from mrsa_server.runs.record import Ended, StoredStatus
@@ -149,8 +149,10 @@ async def _named(request: Request, asked: dict[str, str], store: RunStore) -> tu
     for name in _FILTERS if named else ():
         if name in asked:
             raise BadRequest(f"{name}: cannot be combined with run, which names the runs", name)
+    found: dict[str, None] = {}
     for name in named:
-        run = await store.get(name) if RUN_NAME.fullmatch(name) else None
-        if run is None or not caller_of(request).sees(run.key_id):
+        run = await find_run(store, name, caller_of(request))
+        if run is None:
             raise BadRequest(f"run: there is no run {name[:128]!r}", "run")
-    return named
+        found[run.run_id] = None
+    return tuple(found)

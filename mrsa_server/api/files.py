@@ -24,6 +24,7 @@ from mrsa_server.api.errors import ApiError, BadRequest
 from mrsa_server.api.query import integer, one_of, query
 from mrsa_server.api.sse import ClientGone
 from mrsa_server.keyring import Caller, Scope
+from mrsa_server.runs.patience import promptly
 from mrsa_server.runs.record import FilePurpose
 from mrsa_server.runs.store_errors import StoreUnavailable
 
@@ -101,11 +102,16 @@ async def _keep(files: FileStore, form: FormData, max_bytes: int, key_id: str | 
     keep_s = parse_expiry(*(part if isinstance(part, str) else None for part in given))
     now = time.time()
     # Without a word about it, a month, as OpenAI's: batches have read theirs long before.
-    writing = await files.begin(filename, "batch", now, now + (keep_s or LONGEST_S), key_id)
+    async with promptly(files):
+        writing = await files.begin(filename, "batch", now, now + (keep_s or LONGEST_S), key_id)
     try:
         while data := await found.read(_READ_BYTES):
-            await writing.write(data)
-        return await writing.close()
+            async with promptly(files):
+                await writing.write(data)
+        async with promptly(files):
+            return await writing.close()
+    except StoreUnavailable:  # what is half done is swept away later
+        raise
     except BaseException:
         with suppress(StoreUnavailable):
             await files.delete(writing.file_id)

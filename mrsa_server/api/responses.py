@@ -32,6 +32,7 @@ from mrsa_server.api.sse import KEEP_ALIVE, EventStream, named_frame
 from mrsa_server.api.stored import Retelling, add_traces, answer_of, further, log_of, unavailable
 from mrsa_server.keyring import Caller, Scope
 from mrsa_server.runs.host import Health
+from mrsa_server.runs.patience import promptly
 from mrsa_server.runs.runner import Prepared, Run
 from mrsa_server.runs.store_errors import NoSuchRun, StoreUnavailable
 from mrsa_server.settings import Settings
@@ -162,7 +163,8 @@ async def _complete(service: AskService, raw: bytes, caller: Caller) -> bytes:
         if error.param != "input":  # what is too little by itself may do as the end of more
             raise
     name = _NAME.fullmatch(earlier)
-    record = await service.store.get(RUN + name[1]) if name else None
+    async with promptly(service.store):
+        record = await service.store.get(RUN + name[1]) if name else None
     if record is None or record.kind != "response" or not caller.sees(record.key_id):
         raise BadRequest(
             f"previous_response_id: there is no response {earlier[:128]!r}",

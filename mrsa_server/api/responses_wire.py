@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import orjson
-from pydantic import AliasChoices, BeforeValidator, Discriminator, Field, StringConstraints, Tag, ValidationError
+from pydantic import AliasChoices, BeforeValidator, Discriminator, Field, StringConstraints, Tag
 from pydantic_core import PydanticCustomError
 
 from mrsa_server.api.errors import BadRequest, renamed
@@ -45,7 +45,7 @@ from mrsa_server.api.wire import (
     Tokens,
     ToolIn,
     Wire,
-    of_validation,
+    read,
     read_object,
     to_chat,
 )
@@ -369,11 +369,7 @@ def check_body(raw: bytes) -> ResponsesBody:
     Raises:
         BadRequest: Naming the field and what is wrong with it.
     """
-    data = read_object(raw)
-    try:
-        return ResponsesBody.model_validate(data)
-    except ValidationError as error:
-        raise of_validation(error, data, {}) from None
+    return read(ResponsesBody, read_object(raw))
 
 
 def previous_of(raw: bytes) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import time
 from array import array
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast, get_args
 
@@ -21,13 +21,15 @@ from harness.events import RunFailed, RunFinished
 from harness.markovian_rsa import State, fold
 from harness.prompts import Templates
 from harness.types import Slot, TokenIds, Trace
+from mrsa_server.api.asking import RUN
 from mrsa_server.api.auth import caller_of, needs
 from mrsa_server.api.errors import ApiError, BadRequest, EngineFailed, EngineUnavailable
 from mrsa_server.api.query import integer, one_of, query
+from mrsa_server.api.responses_wire import RESPONSE
 from mrsa_server.api.sse import KEEP_ALIVE, EventStream
 from mrsa_server.api.stored import further, log_of, unavailable
-from mrsa_server.api.wire import echo
-from mrsa_server.keyring import Scope
+from mrsa_server.api.wire import COMPLETION, echo
+from mrsa_server.keyring import Caller, Scope
 from mrsa_server.runs.codec import KINDS
 from mrsa_server.runs.record import RunKind, StoredStatus
 from mrsa_server.runs.runner import Runner
@@ -39,7 +41,8 @@ if TYPE_CHECKING:  # a server without a store loads no database
 
 router = APIRouter()
 
-RUN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}", re.ASCII)  # a database may choke on others
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}", re.ASCII)  # a database may choke on others
+_VIEWS: Mapping[str, RunKind] = {COMPLETION: "chat.completion", RESPONSE: "response"}
 _MOST_RUNS = 100  # on a page
 _USUAL_RUNS = 20
 _EVENTS = 100  # read at once
@@ -93,8 +96,8 @@ async def list_runs(request: Request) -> Response:
         key_id=caller.only,
         batch_id=asked.get("batch"),
     )
-    last = await store.get(asked["after"]) if RUN_NAME.fullmatch(asked.get("after", "")) else None
-    if "after" in asked and (last is None or not caller.sees(last.key_id)):
+    last = await find_run(store, asked["after"], caller) if "after" in asked else None
+    if "after" in asked and last is None:
         raise BadRequest(f"after: there is no run {asked['after'][:128]!r}", "after")
     for name in ("model", "batch"):
         if not asked.get(name, "").isprintable():
@@ -118,7 +121,7 @@ async def get_run(request: Request, run_id: str) -> Response:
     """A run with all its rounds and rollouts, who reads whom, tails, answers and usage."""
     service, store = _store(request)
     run = await _find(request, store, run_id)
-    return _json(_tree(run, await log_of(store, run_id), service.templates))
+    return _json(_tree(run, await log_of(store, run.run_id), service.templates))
 
 
 @router.delete("/v1/runs/{run_id}")
@@ -128,7 +131,7 @@ async def cancel_run(request: Request, run_id: str) -> Response:
     _, store = _store(request)
     run = await _find(request, store, run_id)
     if run.ended_at is None:
-        await store.request_cancel(run_id)
+        await store.request_cancel(run.run_id)
     return _json({**_summary(run), "cancel_requested": run.ended_at is None})
 
 
@@ -148,7 +151,7 @@ async def run_events(request: Request, run_id: str) -> Response:
     run = await _find(request, store, run_id)
     if run.ended_at is not None and after >= run.last:
         return Response(status_code=204)
-    return EventStream(lambda: _frames(service, store, run_id, after), _broken)
+    return EventStream(lambda: _frames(service, store, run.run_id, after), _broken)
 
 
 @router.get("/v1/runs/{run_id}/export")
@@ -156,8 +159,8 @@ async def run_events(request: Request, run_id: str) -> Response:
 async def export_run(request: Request, run_id: str) -> Response:
     """The log of a run as JSON lines."""
     _, store = _store(request)
-    await _find(request, store, run_id)
-    lines = [orjson.dumps(_numbered(stored), default=_plain) for stored in await log_of(store, run_id)]
+    run = await _find(request, store, run_id)
+    lines = [orjson.dumps(_numbered(stored), default=_plain) for stored in await log_of(store, run.run_id)]
     return Response(b"".join(line + b"\n" for line in lines), media_type="application/jsonl")
 
 
@@ -166,7 +169,7 @@ async def export_run(request: Request, run_id: str) -> Response:
 async def run_trace(request: Request, run_id: str, round: str, index: str) -> Response:
     """All that one rollout generated, as ids and, where the engine is up, as text."""
     service, store = _store(request)
-    await _find(request, store, run_id)
+    run_id = (await _find(request, store, run_id)).run_id
     place = {"round": round, "index": index}
     slot = Slot(integer(place, "round", 0, 10_000, 0), integer(place, "index", 0, 1_000_000, 0))
     trace = await store.trace(run_id, slot)
@@ -230,9 +233,20 @@ def _broken(error: ApiError) -> bytes:
     return b"event: error\ndata: " + orjson.dumps(error.body()) + b"\n\n"
 
 
+async def find_run(store: RunStore, name: str, caller: Caller) -> StoredRun | None:
+    """A run by its id, or by that of its completion or response; None where there is none that the caller sees."""
+    if not _NAME.fullmatch(name):
+        return None
+    view = next((view for view in _VIEWS if name.startswith(view)), None)
+    run = await store.get(name if view is None else RUN + name.removeprefix(view))
+    if run is None or not caller.sees(run.key_id):
+        return None
+    return run if view is None or run.kind == _VIEWS[view] else None
+
+
 async def _find(request: Request, store: RunStore, run_id: str) -> StoredRun:
-    run = await store.get(run_id) if RUN_NAME.fullmatch(run_id) else None
-    if run is None or not caller_of(request).sees(run.key_id):
+    run = await find_run(store, run_id, caller_of(request))
+    if run is None:
         raise ApiError(404, "not_found", f"There is no run {run_id!r}.")
     return run
 

@@ -17,7 +17,7 @@ from mrsa_server.api.errors import ApiError, RunCancelled, ShuttingDown, StoreAw
 from mrsa_server.api.idempotency import Asked
 from mrsa_server.runs.codec import Undecodable
 from mrsa_server.runs.runner import Item, Prepared, Run, Runner
-from mrsa_server.runs.store_errors import NoSuchRun
+from mrsa_server.runs.store_errors import NoSuchRun, StoreUnavailable
 from mrsa_server.settings import Effort
 
 if TYPE_CHECKING:  # a server without a store loads no database
@@ -182,9 +182,9 @@ async def further(store: RunStore, runner: Runner, run_id: str, after: int, time
     return progress.last if progress.ended or progress.last > after else None
 
 
-def unavailable(error: Exception) -> ApiError:
+def unavailable(error: StoreUnavailable) -> ApiError:
     """What a stream says where its store does not answer."""
-    return StoreAway(str(error))
+    return StoreAway(error.reason)
 
 
 def _unreadable(reason: str) -> ApiError:

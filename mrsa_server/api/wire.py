@@ -9,7 +9,7 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import orjson
 from pydantic import (
@@ -35,6 +35,7 @@ from mrsa_server.settings import Effort, Settings
 _MAX_TEXT = 8 * 2**20
 _MAX_INT = 2**53 - 1
 ALIAS_SUFFIX = "-mrsa"
+COMPLETION = "chatcmpl-"  # begins the id of every completion; its run has what follows it in its own
 
 Text = Annotated[str, StringConstraints(max_length=_MAX_TEXT)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
@@ -49,6 +50,9 @@ class Wire(BaseModel):
     """What every part of a body is: nothing is converted, nothing unknown is let pass."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+WireT = TypeVar("WireT", bound=Wire)
 
 
 def _no(value: object) -> object:
@@ -348,11 +352,24 @@ def parse_chat(raw: bytes, settings: Settings) -> Chat:
         InvalidParams: If a value is outside of what the method can do.
     """
     data, names, warnings = translate(read_object(raw))
+    return to_chat(read(ChatBody, data, names), settings, warnings, names)
+
+
+def read(form: type[WireT], data: dict[str, Any], names: Mapping[str, str] | None = None) -> WireT:
+    """An object as the body of a route.
+
+    Args:
+        form: That route's.
+        data: The object.
+        names: The client's name for each field that it knows under another one.
+
+    Raises:
+        BadRequest: Naming the field and what is wrong with it.
+    """
     try:
-        body = ChatBody.model_validate(data)
+        return form.model_validate(data)
     except ValidationError as error:
-        raise of_validation(error, data, names) from None
-    return to_chat(body, settings, warnings, names)
+        raise of_validation(error, data, names or {}) from None
 
 
 def read_object(raw: bytes) -> dict[str, Any]:

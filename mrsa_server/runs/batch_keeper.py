@@ -91,7 +91,7 @@ class BatchKeeper:
             try:
                 claim = await self._batches.claim_due()
             except StoreUnavailable as error:
-                log.warning("batches wait for the store", reason=str(error))
+                log.debug("batches wait for the store", reason=str(error))
                 claim = None
             if claim is not None:
                 await self._step(claim)
@@ -109,7 +109,7 @@ class BatchKeeper:
                 while await self._files.sweep():
                     pass
             except StoreUnavailable as error:
-                log.warning("files are not swept", reason=str(error))
+                log.debug("files are not swept", reason=str(error))
             await asyncio.sleep(_SWEEP_S)
 
     async def _step(self, claim: BatchClaim) -> None:
@@ -120,7 +120,7 @@ class BatchKeeper:
         except BatchLost as lost:
             log.info("batch is left to others", batch_id=claim.batch_id, reason=str(lost))
         except StoreUnavailable as error:
-            log.warning("batch waits for the store", batch_id=claim.batch_id, reason=str(error))
+            log.debug("batch waits for the store", batch_id=claim.batch_id, reason=str(error))
             pause_s = _POLL_S
         except Exception:
             log.exception("batch broke", batch_id=claim.batch_id)
@@ -129,7 +129,7 @@ class BatchKeeper:
             try:
                 await self._batches.release(claim, pause_s)
             except StoreUnavailable as error:
-                log.warning("batch was not released", batch_id=claim.batch_id, reason=str(error))
+                log.debug("batch was not released", batch_id=claim.batch_id, reason=str(error))
 
     async def _holding(self, claim: BatchClaim, work: Coroutine[None, None, float]) -> float:
         """Work as long as the batch is ours.
@@ -154,7 +154,7 @@ class BatchKeeper:
             try:
                 await self._batches.renew(claim)
             except StoreUnavailable as error:
-                log.warning("batch was not renewed", batch_id=claim.batch_id, reason=str(error))
+                log.debug("batch was not renewed", batch_id=claim.batch_id, reason=str(error))
             except BatchLost:
                 return
 

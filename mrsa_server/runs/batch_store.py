@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from sqlalchemy import ColumnElement, Row, and_, case, func, literal, or_, selec
 from mrsa_server.runs import codec, tables
 from mrsa_server.runs.record import BATCH_ENDED, BatchStatus, NewRun, Spent
 from mrsa_server.runs.store import RunStore, row_of
-from mrsa_server.runs.store_errors import BatchLost
+from mrsa_server.runs.store_errors import BatchLost, GivenUp
 from mrsa_server.runs.transactions import whole
 
 _TOGETHER = 500  # runs in one transaction
@@ -145,10 +145,15 @@ class BatchStore:
     # A client's side.
 
     @whole("write")
-    async def create(self, record: NewBatch) -> StoredBatch:
+    async def create(self, record: NewBatch, *, wanted: Callable[[], bool] = lambda: True) -> StoredBatch:
         """Store a new batch, or find the one that has its idempotency key.
 
+        Args:
+            record: The batch.
+            wanted: Asked before the end: whether somebody still waits for it.
+
         Raises:
+            GivenUp: Nobody does.
             StoreUnavailable: Nobody knows whether it is stored; the same again is safe where there is a key.
         """
         values = {name: getattr(record, name) for name in _GIVEN} | {
@@ -163,7 +168,10 @@ class BatchStore:
             same = _batches.idempotency_key == record.idempotency_key
         async with self._database.writing() as connection:
             await connection.execute(self._database.insert(tables.batches).values(**values).on_conflict_do_nothing())
-            return _batch((await connection.execute(select(*_COLUMNS).where(same))).one())
+            made = _batch((await connection.execute(select(*_COLUMNS).where(same))).one())
+            if not wanted():
+                raise GivenUp(record.batch_id)
+            return made
 
     @whole("read")
     async def get(self, batch_id: str) -> StoredBatch | None:

@@ -75,6 +75,7 @@ class Database:
     Attributes:
         postgres: Which of the two it is.
         name: Its URL without anything secret.
+        place: Its host or its file, and nothing of who asks it.
 
     Raises:
         ValueError: As `parse_url`.
@@ -85,14 +86,16 @@ class Database:
         parsed = parse_url(url)
         self.postgres = parsed.drivername.startswith("postgresql")
         self.name = parsed.set(query={}).render_as_string(hide_password=True)  # a query can hold a password too
+        self.place = _place(parsed)
         self._wait_s = wait_s
         self._path = None if self.postgres else Path(parsed.database or "")
         self._errors: tuple[type[Exception], ...] = (OSError, sqlite3.Error)
         try:
             if self.postgres:
+                import_module("greenlet")  # or SQLAlchemy misses it in many words, and where it pleases
+                driver = import_module("asyncpg")  # SQLAlchemy lets its errors through where it connects
                 from sqlalchemy.ext.asyncio import create_async_engine  # it brings the ORM along
 
-                driver = import_module("asyncpg")  # SQLAlchemy lets its errors through where it connects
                 self._errors = (OSError, driver.PostgresError, driver.InterfaceError)
                 self._engine = create_async_engine(
                     parsed,
@@ -105,8 +108,9 @@ class Database:
             else:
                 self._writer = Lanes(parsed, 1, writes=True, lock_s=wait_s, queue_s=_QUEUE * wait_s)
                 self._readers = Lanes(parsed, _READERS, writes=False, lock_s=wait_s, queue_s=_QUEUE * wait_s)
-        except ModuleNotFoundError as error:
-            raise StoreUnavailable(f"{error.name} is not installed: pip install 'mrsa-server[postgres]'") from error
+        except ImportError as error:
+            missed = f"Postgres needs {error.name or 'more than is installed'}"
+            raise StoreUnavailable(f'{missed}: pip install "mrsa-server[postgres]"') from error
 
     @property
     def now(self) -> ColumnElement[float]:
@@ -229,13 +233,24 @@ class Database:
         except DBAPIError as error:
             if str(getattr(error.orig, "sqlstate", "")).startswith(_BAD_DATA):
                 raise  # to repeat it changes nothing
-            raise StoreUnavailable(str(error.orig)) from error
+            raise StoreUnavailable(str(error.orig), self.place) from error
+        except StoreUnavailable as error:
+            raise StoreUnavailable(error.reason, self.place) from error
         except PoolTimeout as error:
-            raise StoreUnavailable("no connection came free in time") from error
+            raise StoreUnavailable("no connection came free in time", self.place) from error
         except TimeoutError as error:
-            raise StoreUnavailable(f"no answer within {self._wait_s:g} s") from error
+            raise StoreUnavailable(f"no answer within {self._wait_s:g} s", self.place) from error
         except self._errors as error:
-            raise StoreUnavailable(f"{type(error).__name__}: {error}") from error
+            raise StoreUnavailable(f"{type(error).__name__}: {error}", self.place) from error
+
+
+def _place(url: URL) -> str:
+    """Where a database is, without the user and the password."""
+    if url.drivername == "sqlite":
+        return url.database or ""
+    given = url.query.get("host", url.host or "localhost")
+    host = given if isinstance(given, str) else ",".join(given)
+    return f"{host}{'' if url.port is None else f':{url.port}'}/{url.database or ''}"
 
 
 def _upgrade(connection: Connection) -> None:

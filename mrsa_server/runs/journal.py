@@ -10,26 +10,24 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 
 from harness.events import Event
+from mrsa_server.runs.patience import patiently, promptly
 from mrsa_server.runs.record import Ended, NewRun, StoredStatus
 from mrsa_server.runs.store_errors import Fenced, KeyTaken, RunExists, StoreUnavailable
 
 if TYPE_CHECKING:  # a server without a store loads no database
     from mrsa_server.runs.store import Claim, RunStore
 
-_FIRST_PAUSE_S = 0.05
-_LONGEST_PAUSE_S = 2.0
 _TOGETHER = 256  # runs in one transaction
 _RENEWALS = 3  # in the time of a lease, so that one that is missed loses nothing
 _CURRENT = 1 / 2  # of a lease: who renewed his so long ago does it again before he takes others'
 _MISSED = 2 / 3  # after so long without a renewal, another server may have lost its leases the same way
-T = TypeVar("T")
 
 log = structlog.get_logger("mrsa.store")
 
@@ -113,6 +111,7 @@ class Journal:
         self._waiting: deque[_Waiting] = deque()
         self._writer: asyncio.Task[None] | None = None
         self.undoing: set[asyncio.Task[None]] = set()
+        self._given_up: deque[tuple[str, asyncio.Task[Claim]]] = deque()
         self._renewed_at = time.time()  # the clock of SQLite's leases, which knows when the machine was asleep
         self._claims_from = 0.0
         store.hear_cancels(self._cancel)
@@ -168,37 +167,60 @@ class Journal:
     async def open(
         self, record: NewRun, events: Sequence[Event], lost: Callable[[], None], cancelled: Callable[[], None]
     ) -> Book:
-        """Store a new run with its first events.
+        """Store a new run with its first events, within `NEW_S`. One that was given up leaves nothing to be taken up.
 
         Raises:
             KeyTaken, RunExists: As the store.
+            StoreUnavailable: The store did not take it in that time.
         """
         attempt: asyncio.Task[Claim] | None = None
-
-        def create() -> Awaitable[Claim]:
-            nonlocal attempt
-            attempt = asyncio.create_task(self.store.create(record, events))
-            return asyncio.shield(attempt)
-
+        away: StoreUnavailable | None = None
+        error: BaseException
         try:
-            claim = await patiently(create)
-        except asyncio.CancelledError:
-            if attempt is not None:
-                undoing = asyncio.create_task(self._undo(record.run_id, attempt), name=f"undo run {record.run_id}")
-                self.undoing.add(undoing)
-                undoing.add_done_callback(self.undoing.discard)
-            raise
-        return self.take(claim, lost, cancelled)
+            async with promptly(self.store) as wanted:
 
-    async def _undo(self, run_id: str, attempt: asyncio.Task[Claim]) -> None:
+                async def create() -> Claim:
+                    nonlocal attempt, away
+                    attempt = asyncio.create_task(self.store.create(record, events, wanted=wanted))
+                    try:
+                        return await asyncio.shield(attempt)
+                    except StoreUnavailable as error:
+                        away = error
+                        raise
+
+                claim = await patiently(create)
+        except RunExists:
+            if away is None:
+                raise
+            error = away  # a write that was thought lost had arrived, and the run was taken up meanwhile
+        except (asyncio.CancelledError, StoreUnavailable) as over:
+            error = over if away is None or isinstance(over, asyncio.CancelledError) else away
+        else:
+            return self.take(claim, lost, cancelled)
+        if attempt is not None:
+            self._undo(record.run_id, attempt)
+        raise error
+
+    def _undo(self, run_id: str, attempt: asyncio.Task[Claim]) -> None:
         """Forget a run that was given up before anybody knew of it: a row without an owner would be taken up."""
-        await asyncio.wait((attempt,))
-        if not attempt.cancelled() and isinstance(attempt.exception(), KeyTaken | RunExists):
-            return
-        try:
-            await self.store.delete(run_id)
-        except StoreUnavailable as error:
-            log.warning("run that was given up may be taken up", run_id=run_id, reason=str(error))
+        self._given_up.append((run_id, attempt))
+        if not self.undoing:
+            undoing = asyncio.create_task(self._undo_all(), name="undo runs")
+            self.undoing.add(undoing)
+            undoing.add_done_callback(self.undoing.discard)
+
+    async def _undo_all(self) -> None:
+        """One after the other, so that a store that is away is asked for one of them, however many there are."""
+        while self._given_up:
+            run_id, attempt = self._given_up[0]
+            try:
+                await asyncio.wait((attempt,))
+                if not isinstance(attempt.exception(), KeyTaken):
+                    await patiently(partial(self.store.delete, run_id))
+            except asyncio.CancelledError:
+                log.warning("runs that were given up may be taken up", runs=[name for name, _ in self._given_up])
+                raise
+            self._given_up.popleft()
 
     def take(self, claim: Claim, lost: Callable[[], None], cancelled: Callable[[], None]) -> Book:
         """Go on with a run that was claimed."""
@@ -216,7 +238,7 @@ class Journal:
             try:
                 await self.renew()
             except StoreUnavailable as error:
-                log.warning("leases were not renewed", reason=str(error), runs=len(self._books))
+                log.debug("leases were not renewed", reason=str(error), runs=len(self._books))
 
     async def renew(self) -> None:
         """Prolong the leases, and tell the runs that were taken over or are to be ended.
@@ -264,15 +286,3 @@ class Journal:
 
     def _renewed_within(self, share: float) -> bool:
         return 0 <= time.time() - self._renewed_at < share * self.store.lease_s
-
-
-async def patiently(write: Callable[[], Awaitable[T]]) -> T:
-    """Repeat a write until the store takes it."""
-    pause = _FIRST_PAUSE_S
-    while True:
-        try:
-            return await write()
-        except StoreUnavailable as error:
-            log.warning("write waits for the store", reason=str(error), retry_s=pause)
-        await asyncio.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE_S)

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iter
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -52,6 +52,7 @@ from mrsa_server.api.errors import (
     Overloaded,
     RunCancelled,
     ShuttingDown,
+    StoreAway,
     TakenOver,
     to_stored,
 )
@@ -403,6 +404,7 @@ class Runner:
         self._places = asyncio.Semaphore(max_runs)
         self._runs: set[Run] = set()
         self._batch_runs = 0  # of those
+        self._adopting: asyncio.Task[Any] | None = None
         self._woken = asyncio.Event()  # there may be runs to take up, and room for them
         self._priority = 0
         self._judge = MathJudge()
@@ -478,6 +480,7 @@ class Runner:
             models: Those whose runs can go on here, as clients name them; None while they are not known.
             revive: How those are prepared that have not begun.
         """
+        self._adopting = asyncio.current_task()
         while not self.draining:
             room = min(_TAKEN_AT_ONCE, self._max_runs - (len(self._runs) - self._batch_runs))
             of_batches = min(_TAKEN_AT_ONCE, self._max_batch_runs - self._batch_runs)
@@ -489,9 +492,10 @@ class Runner:
                 self._metrics.left_behind.set(0 if self.host.up else await journal.store.count_lost())
                 claims = await journal.claim_lost(max(0, room), served, max(0, of_batches), self.tenants.spent())
                 for claim in claims:
-                    await self._take_up(journal, claim, templates, revive)
+                    if not await self._take_up(journal, claim, templates, revive):
+                        await journal.store.release(claim)
             except StoreUnavailable as error:
-                log.warning("store is away", reason=str(error))
+                log.debug("runs are not taken up", reason=str(error))
             if len(claims) < _TAKEN_AT_ONCE:
                 await self._rest(min(journal.store.lease_s / 2, _LOOK_S))
 
@@ -508,10 +512,11 @@ class Runner:
             pass
         self._woken.clear()
 
-    async def _take_up(self, journal: Journal, claim: Claim, templates: Templates, revive: Revive) -> None:
+    async def _take_up(self, journal: Journal, claim: Claim, templates: Templates, revive: Revive) -> bool:
+        """Go on with a run; False where it is gone, or is for another server since this one leaves."""
         record = await journal.store.get(claim.run_id)
-        if record is None:
-            return
+        if record is None or self.draining:
+            return False
         unix_to_loop = asyncio.get_running_loop().time() - time.time()
         # Another server's clock may be ahead of this one's.
         begun = min(record.created_at, time.time()) + unix_to_loop
@@ -525,6 +530,7 @@ class Runner:
         go_on = partial(self._go_on, run, run.book, journal, templates, partial(revive, record))
         # To end a run takes neither its engine nor its log.
         self._let_go(run, partial(_end, run) if record.cancel_requested else go_on)
+        return True
 
     async def _go_on(
         self, run: Run, book: Book, journal: Journal, templates: Templates, revive: Callable[[], Prepare]
@@ -579,7 +585,7 @@ class Runner:
         if isinstance(run.error, TakenOver):
             run.book.forget()
             return
-        if self.draining and isinstance(run.error, ShuttingDown):
+        if self._is_handed_on(run):
             closing = run.book.release()
         else:
             error = None if run.error is None else to_stored(run.error)
@@ -589,6 +595,10 @@ class Runner:
         task = asyncio.create_task(closing, name=f"close run {run.id}")
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
+
+    def _is_handed_on(self, run: Run) -> bool:
+        """Whether a run was begun and ends here alone: whoever comes first goes on with it."""
+        return self.draining and isinstance(run.error, ShuttingDown) and run.book is not None
 
     async def drain(self, grace_s: float) -> None:
         """Let no run in any more; give those in flight `grace_s` to end, then end them with an error that says so."""
@@ -606,6 +616,9 @@ class Runner:
         self._judge.close()
 
     async def _cancel_all(self) -> None:
+        if self._adopting is not None:  # what it has just claimed is to be released, or to be among those that end
+            self.wake()
+            await asyncio.wait((self._adopting,), timeout=_LOOK_S)
         runs = list(self._runs)
         for run in runs:
             run.cancel(ShuttingDown())
@@ -665,6 +678,8 @@ class Runner:
             run.book = await self._journal.open(record, events, *_ends(run))
         except KeyTaken:
             raise KeyBusy from None
+        except StoreUnavailable as error:
+            raise StoreAway(error.reason) from None
         run.stored.set()
 
     def _forget(self, run: Run) -> None:
@@ -811,8 +826,12 @@ class Runner:
             self.tokens_per_s = max(self.tokens_per_s or 0.0, tokens / rollout.seconds)
 
     def _report(self, run: Run, status: RunStatus, seconds: float) -> None:
-        """One line and the metrics of a run that has ended."""
+        """One line and the metrics of a run that has ended; whoever goes on with one counts it at its end."""
         run.spans.end(status, run.state, run.error.code if run.error else None)
+        if isinstance(run.error, TakenOver) or self._is_handed_on(run):
+            how = "taken over" if isinstance(run.error, TakenOver) else "handed on"
+            log.info(f"run {how}", run_id=run.id, key_id=run.ticket.key_id, seconds=round_off(seconds))
+            return
         self._metrics.count_run(status)
         self._metrics.run_seconds.observe(seconds)
         for round in run.clocks:

@@ -45,7 +45,7 @@ from mrsa_server.runs import codec, tables
 from mrsa_server.runs.bells import Bells, Progress
 from mrsa_server.runs.database import Database, Transaction
 from mrsa_server.runs.record import BATCH_ENDED, Ended, NewRun, RunKind, StoredStatus
-from mrsa_server.runs.store_errors import Fenced, KeyTaken, NoSuchRun, RunExists, StoreError
+from mrsa_server.runs.store_errors import Fenced, GivenUp, KeyTaken, NoSuchRun, RunExists, StoreError
 from mrsa_server.runs.transactions import Observer, Transactions
 from mrsa_server.runs.transactions import whole as _whole
 
@@ -301,10 +301,18 @@ class RunStore:
     # Writing: an owner's side.
 
     @_whole("write")
-    async def create(self, record: NewRun, events: Sequence[Event] = ()) -> Claim:
+    async def create(
+        self, record: NewRun, events: Sequence[Event] = (), *, wanted: Callable[[], bool] = lambda: True
+    ) -> Claim:
         """Store a new run and claim it. Without events it is `queued`, until it gets some.
 
+        Args:
+            record: The run.
+            events: The first of its log.
+            wanted: Asked before the end: whether somebody still waits for it.
+
         Raises:
+            GivenUp: Nobody does.
             KeyTaken: Another run has its idempotency key.
             RunExists: A run of this id is there already.
             StoreUnavailable: Nobody knows whether it is stored; the same again is safe.
@@ -331,6 +339,8 @@ class RunStore:
                 if made is not None:
                     stored = _event_rows(record.run_id, 0, made[0], rows)
                     await _insert(connection, stored, _trace_rows(record.run_id, rows))
+                    if not wanted():
+                        raise GivenUp(record.run_id)
                     return Claim(record.run_id, 1, len(events))
         except IntegrityError as error:
             if await self._is_ours(record.run_id):
@@ -339,7 +349,7 @@ class RunStore:
         assert record.idempotency_key is not None  # nothing else makes an insert do nothing
         other = await self.find_key(record.idempotency_key)
         if other is None:  # it was freed just now
-            return await self.create(record, events)
+            return await self.create(record, events, wanted=wanted)
         if other.run_id == record.run_id and await self._is_ours(record.run_id):
             return Claim(record.run_id, 1, len(events))
         raise KeyTaken(other.run_id, other.body_digest)

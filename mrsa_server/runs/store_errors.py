@@ -2,6 +2,7 @@
 
 StoreError
     StoreUnavailable  the database does not answer; nobody knows whether a write arrived, and it may be repeated
+    GivenUp           who wanted it written waits no more; nothing was
     SchemaMismatch    its tables are not those of this version; names the command that mends it
     Fenced            the run belongs to another owner by now, or has ended: its old owner writes nothing more
     KeyTaken          the idempotency key stands for another run; carries its id and the digest of its body
@@ -19,11 +20,23 @@ class StoreError(Exception):
 
 
 class StoreUnavailable(StoreError):
-    """The database does not answer, or not in time. What was being written may be there or not."""
+    """The database does not answer, or not in time. What was being written may be there or not.
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(f"The store is not available: {reason}")
+    Args:
+        reason: Why, as far as that is known; a client may read it.
+        place: Which database, for the operator.
+    """
+
+    def __init__(self, reason: str, place: str | None = None) -> None:
+        super().__init__(f"The store{'' if place is None else f' {place}'} is not available: {reason}")
         self.reason = reason
+
+
+class GivenUp(StoreError):
+    """Who wanted it written waits no more; nothing was."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"Nobody waits for {name} any more; it was not written.")
 
 
 class SchemaMismatch(StoreError):

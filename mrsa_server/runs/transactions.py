@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine
 from functools import wraps
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar
 
+from mrsa_server.runs.outage import Outage
 from mrsa_server.runs.store_errors import StoreUnavailable
 
 Operation = Literal["write", "read", "renew", "claim", "prune", "other"]
@@ -32,12 +33,21 @@ class Observer(Protocol):
 
 
 class Transactions:
-    """Those that are under way; none is begun any more once it is `closed`. An observer is told of each."""
+    """Those that are under way; none is begun any more once it is `closed`. An observer is told of each.
+
+    The log is told here, and nowhere else, that the database is away and that it is back.
+
+    Attributes:
+        closed: Whether none is begun any more.
+        written_at: When one that writes last got through, on the loop's clock.
+    """
 
     def __init__(self) -> None:
         self.closed = False
         self.observer: Observer | None = None
         self._running: set[asyncio.Task[Any]] = set()
+        self.written_at = float("-inf")
+        self._outage = Outage("store", "mrsa.store")
 
     async def run(self, operation: Operation, transaction: Coroutine[Any, Any, _T]) -> _T:
         """Begin one and wait for it.
@@ -52,6 +62,14 @@ class Transactions:
 
         def ended(task: asyncio.Task[_T]) -> None:
             self._running.discard(task)
+            if not task.cancelled():
+                away = task.exception()
+                if isinstance(away, StoreUnavailable):
+                    self._outage.missed(str(away))
+                else:
+                    self._outage.met()
+                    if operation == "write":  # others write where there is something to write
+                        self.written_at = asyncio.get_running_loop().time()
             if self.observer is not None:
                 self.observer.store_call(operation, time.perf_counter() - began)
 

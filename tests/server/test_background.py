@@ -629,7 +629,7 @@ async def test_a_run_whose_client_left_while_it_was_stored_is_not_taken_up(
             await late.wait()
             return await make(*args)
 
-        async def create_whole(*args: Any) -> Any:  # as the store's own: what is begun is not cut
+        async def create_whole(*args: Any, wanted: Any) -> Any:  # what is begun is not cut, nor asked any more
             return await asyncio.shield(asyncio.create_task(create_late(*args)))
 
         monkeypatch.setattr(kept, "create", create_whole)

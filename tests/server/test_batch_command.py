@@ -78,7 +78,8 @@ def test_problems_are_lines_in_any_of_their_forms(tmp_path: Path) -> None:
     usual = {"messages": asked, "model": "m", "mrsa": {"rounds": 1}, "max_completion_tokens": 3, "temperature": 0.5}
     found = sent(path, wanted)
     assert [line["custom_id"] for line in found] == ["line-2", "7", "q", "line-5", "c", "o", "line-8"]
-    assert [line["body"] for line in found[:5]] == [usual] * 5
+    assert [line["body"] for line in found[:4]] == [usual] * 4
+    assert found[4]["body"] == usual | {"temperature": 2}
     assert found[5]["body"] == usual | {"model": "other", "mrsa": False}
     assert found[6]["body"]["mrsa"] == {"rounds": 9}
     assert found[6]["body"]["max_tokens"] == 5
@@ -86,6 +87,33 @@ def test_problems_are_lines_in_any_of_their_forms(tmp_path: Path) -> None:
     assert {(line["method"], line["url"]) for line in found} == {("POST", CHAT)}
     (one,) = sent(written(path, {"url": RESPONSES, "body": {"input": "?"}}), wanted)
     assert (one["url"], one["body"]["max_output_tokens"]) == (RESPONSES, 3)
+
+
+def test_a_line_says_itself_how_it_is_answered_and_columns_of_data_sets_are_told_and_not_sent(tmp_path: Path) -> None:
+    path = written(
+        tmp_path / "p",
+        {"problem": "?", "answer": "42", "mrsa": {"rounds": 2}, "max_tokens": 9, "seed": 3, "model": "other"},
+        {"question": "?", "level": 5, "answer": "1", "reasoning_effort": "high", "temperature": None, "metadata": {}},
+        {"messages": [], "prompt": "?", "mrsa": False, "stop": ["x"]},
+        {"body": {"input": "?", "reasoning": {"effort": "low"}}, "url": RESPONSES, "method": "POST", "temperature": 1},
+    )
+    lines = path.read_bytes().splitlines(keepends=True)
+    wanted = Wanted("m", {"rounds": 1, "effort": "medium"}, max_tokens=5, temperature=0.5)
+    file = io.BytesIO()
+    path.write_bytes(b"".join(lines[:3]))
+    problems = write_batch(path, wanted, file)
+    assert dict(problems.ids) == {"line-1": 1, "line-2": 2, "line-3": 3}
+    assert problems.unused == ("answer", "level", "metadata", "prompt")
+    usual = {"messages": [{"role": "user", "content": "?"}], "temperature": 0.5}
+    first, second, third = (orjson.loads(line)["body"] for line in file.getvalue().splitlines())
+    mrsa = {"rounds": 2, "effort": "medium"}
+    assert first == usual | {"model": "other", "mrsa": mrsa, "max_tokens": 9, "seed": 3}
+    own = {"model": "m", "mrsa": {"rounds": 1}, "reasoning_effort": "high", "max_completion_tokens": 5}
+    assert second == usual | own, "its effort goes before that of the flags"
+    assert (third["mrsa"], third["stop"]) == (False, ["x"])
+    path.write_bytes(lines[3])
+    assert write_batch(path, wanted, file).unused == ("temperature",)
+    assert "effort" not in orjson.loads(file.getvalue().splitlines()[-1])["body"]["mrsa"]
 
 
 @pytest.mark.parametrize(
@@ -150,10 +178,38 @@ async def test_lines_without_an_answer_are_among_the_results(
     output = tmp_path / "r.jsonl"
     assert await batch(problems, "-o", output, "--url", url, *MRSA) == 1
     assert [line["response"]["status_code"] for line in read(output)] == [200, 400, 200, 400]
-    assert "4 lines: 2 answered, 2 without an answer" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "4 lines: 2 answered, 2 without an answer" in told
+    assert "line 2: invalid_value: stream: a line of a batch cannot be streamed\n" in told
+    assert "line 4: invalid_value: messages: " in told
 
 
-async def test_a_batch_is_followed_over_a_restart_of_its_server(tmp_path: Path) -> None:
+async def test_why_lines_have_no_answer_is_told_by_reason(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = [{"problem": "?", "model": "gpt-6"} for _ in range(12)]
+    problems = written(
+        tmp_path / "p.jsonl", {"problem": "a", "level": 3}, *bad, *({"problem": "?", "top_p": -n} for n in range(1, 15))
+    )
+    problems.write_bytes(b"\n" + problems.read_bytes())
+    assert await batch(problems, "-o", tmp_path / "r", "--url", url, *MRSA) == 1
+    told = capsys.readouterr().err
+    assert "Not sent, for they are no part of a request: level.\n" in told
+    assert "12 lines (3, 4, 5, 6, 7, 8, 9, 10, ...): model_not_found: The model 'gpt-6' is not served here.\n" in told
+    assert "14 lines (15, 16, 17, 18, 19, 20, 21, 22, ...): invalid_value: top_p: " in told
+
+
+def test_no_more_than_some_reasons_are_told() -> None:
+    many = {command.Reason("code", f"reason {number}"): [number] * number for number in range(1, 16)}
+    told = list(command.Results(200, many).told())
+    assert told[0].startswith("15 lines (15, ")
+    assert told[-1] == "and 15 lines for 5 other reasons"
+    assert len(told) == 11
+
+
+async def test_a_batch_is_followed_over_a_restart_of_its_server(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     port = free_port()
     problems = written(tmp_path / "p.jsonl", *({"problem": f"{number}?"} for number in range(10)))
     output, state = tmp_path / "r.jsonl", tmp_path / "state"
@@ -167,6 +223,8 @@ async def test_a_batch_is_followed_over_a_restart_of_its_server(tmp_path: Path) 
         async with asyncio.timeout(40):
             assert await asking == 0
     assert len(read(output)) == 10
+    told = capsys.readouterr().err
+    assert told.count("Waiting for the server: ") == told.count("The server is back.\n") == 1
 
 
 async def until_begun(client: httpx.AsyncClient) -> dict[str, Any]:
@@ -297,7 +355,6 @@ async def test_what_cannot_be_done_is_said(url: str, tmp_path: Path, capsys: pyt
         ((written(tmp_path / "bad", {}), "-o", output, "--url", url), "bad:1: it has none of"),
         ((problems, "-o", tmp_path / "no" / "r", "--url", url), "is no folder"),
         ((problems, "-o", output, "--url", f"http://127.0.0.1:{free_port()}"), "no server answers"),
-        ((problems, "-o", output, "--url", url, "--window", "1y"), "completion_window: must be hours or days"),
     ):
         assert await batch(*words) == 1
         assert reason in capsys.readouterr().err
@@ -308,6 +365,26 @@ async def test_what_cannot_be_done_is_said(url: str, tmp_path: Path, capsys: pyt
         assert await batch(problems, "-o", tmp_path / "s", "--url", other) == 1
         assert "--state-dir" in capsys.readouterr().err
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("--window", "1y"), "--window: must be hours or days such as 24h or 7d, and at most 30d, not '1y'"),
+        (("--mrsa", "populaton=4"), "--mrsa populaton: is none of effort, population, rounds, "),
+        (("--mrsa", "rounds=many"), "--mrsa rounds: Input should be a valid integer"),
+        (("--mrsa", 'stop_when_agreed={"share": 2}'), "--mrsa stop_when_agreed share: Input should be less"),
+        (("--max-tokens", "0"), "--max-tokens: Input should be greater"),
+        (("--temperature", "9"), "--temperature: Input should be less"),
+    ],
+)
+async def test_flags_that_the_server_would_refuse_are_refused_before_anything_is_sent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], reason: str
+) -> None:
+    problems = written(tmp_path / "p", {"problem": "?"})
+    nobody = f"http://127.0.0.1:{free_port()}"
+    assert await batch(problems, "-o", tmp_path / "r", "--url", nobody, *words) == 1
+    assert f"mrsa batch: {reason}" in capsys.readouterr().err
 
 
 async def test_a_batch_that_is_gone_can_be_begun_anew(

@@ -9,13 +9,18 @@ import sys
 import time
 from typing import Any
 
+import orjson
+import pytest
+from structlog.testing import capture_logs
+
 from harness.events import (
     RunFinished,
 )
 from harness.markovian_rsa import replay
 from harness.scripted import ScriptedEngine
 from mrsa_server.runs import tables
-from mrsa_server.runs.store import RunStore
+from mrsa_server.runs.record import NewRun
+from mrsa_server.runs.store import Claim, RunStore
 from tests.helpers.postgres import Postgres
 from tests.helpers.replicas import (
     LEASE_S,
@@ -63,13 +68,17 @@ async def test_a_run_whose_client_leaves_is_cancelled_and_stays_so(store: RunSto
 
 
 async def test_a_server_that_leaves_hands_its_runs_on(store: RunStore, store_url: str) -> None:
-    async with replica(slow(0.02), store_url) as client:
-        asking = asyncio.create_task(client.post(CHAT, json=ask(mrsa={**SIZES, "seed": 3})))
-        run_id = await only_run(store, events=9)
-        await client.app.state.runner.drain(0)  # type: ignore[attr-defined]
-        response = await asking
-        assert response.status_code == 503
+    with capture_logs() as lines:
+        async with replica(slow(0.02), store_url) as client:
+            asking = asyncio.create_task(client.post(CHAT, json=ask(mrsa={**SIZES, "seed": 3})))
+            run_id = await only_run(store, events=9)
+            await client.app.state.runner.drain(0)  # type: ignore[attr-defined]
+            response = await asking
+            assert response.status_code == 503
+            text = (await client.get("/metrics")).text
     handed_on = await store.get(run_id)
+    assert [line["event"] for line in lines if line.get("run_id") == run_id] == ["run handed on"]
+    assert "mrsa_runs_total{" not in text, "it has not ended"
     assert handed_on is not None
     assert handed_on.ended_at is None
     assert handed_on.owner is None
@@ -83,22 +92,54 @@ async def test_a_server_that_leaves_hands_its_runs_on(store: RunStore, store_url
 
 
 async def test_a_server_that_freezes_is_fenced_and_its_run_ends_once(store: RunStore, store_url: str) -> None:
-    async with replica(slow(0.01), store_url) as frozen:
-        asking = asyncio.create_task(frozen.post(CHAT, json=ask(mrsa={**SIZES, "seed": 3})))
-        run_id = await only_run(store, events=8)
-        (claim,) = frozen.app.state.runner._journal._books  # type: ignore[attr-defined]
-        async with asyncio.timeout(20):
-            taken = await stolen(store)
-        assert taken.run_id == run_id
-        response = await asking
-        assert response.status_code == 503
-        assert response.json()["error"]["code"] == "run_taken_over"
-        assert response.headers["x-should-retry"] == "false"
-        assert claim.fence < taken.fence
-        await store.release(taken)
-        run = await until_ended(store, run_id)  # the same server may have it back
+    with capture_logs() as lines:
+        async with replica(slow(0.01), store_url) as frozen:
+            asking = asyncio.create_task(frozen.post(CHAT, json=ask(mrsa={**SIZES, "seed": 3})))
+            run_id = await only_run(store, events=8)
+            (claim,) = frozen.app.state.runner._journal._books  # type: ignore[attr-defined]
+            async with asyncio.timeout(20):
+                taken = await stolen(store)
+            assert taken.run_id == run_id
+            response = await asking
+            assert response.status_code == 503
+            assert response.json()["error"]["code"] == "run_taken_over"
+            assert response.headers["x-should-retry"] == "false"
+            assert claim.fence < taken.fence
+            assert any(line["event"] == "run taken over" and line["run_id"] == run_id for line in lines)
+            assert not any(line["event"] == "run cancelled" for line in lines)
+            await store.release(taken)
+            run = await until_ended(store, run_id)  # the same server may have it back
     assert run.status == "finished"
     check_log(await log_of(store, run_id))
+
+
+async def test_what_is_claimed_while_a_server_leaves_is_left_to_others(
+    store: RunStore, store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claiming, leaving = asyncio.Event(), asyncio.Event()
+    claim_lost = RunStore.claim_lost
+
+    async def slowly(self: RunStore, *given: Any) -> list[Claim]:
+        found = await claim_lost(self, *given)
+        if found:
+            claiming.set()
+            await leaving.wait()
+        return found
+
+    async with replica(slow(), store_url, lease_s=60.0) as client:
+        monkeypatch.setattr(RunStore, "claim_lost", slowly)
+        body = orjson.dumps(ask(mrsa=SIZES))
+        claim = await store.create(NewRun("run_1", "chat.completion", body, MODEL, created_at=time.time()))
+        await store.release(claim)
+        await asyncio.wait_for(claiming.wait(), 10)
+        draining = asyncio.create_task(client.app.state.runner.drain(0))  # type: ignore[attr-defined]
+        await asyncio.sleep(0.05)
+        leaving.set()
+        await draining
+        run = await store.get("run_1")
+    assert run is not None
+    assert run.owner is None, "and not for a minute more this server's"
+    assert run.status == "queued"
 
 
 async def test_a_run_is_cancelled_from_another_replica(store: RunStore, store_url: str) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,6 +71,49 @@ async def test_runs_are_listed_shown_and_exported(tmp_path: Path, capsys: pytest
         assert json.loads(log.read_text().splitlines()[-1])["kind"] == "run_finished"
 
 
+async def test_tables_fit_a_narrow_terminal_and_are_whole_in_a_pipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with on_port(ScriptedEngine(), state_dir=tmp_path) as (url, _):
+        run_id = await asked(url, population=40, rounds=2)
+        for terminal in (True, False):
+            monkeypatch.setattr(sys.stdout, "isatty", lambda there=terminal: there)
+            monkeypatch.setenv("COLUMNS", "80")
+            assert await runs("list", "--url", url) == 0
+            listed = capsys.readouterr().out.splitlines()
+            assert len(listed) == 2, "a head and a run"
+            assert re.search(rf"{run_id} +finished +.*20[0-9]{{2}}-[0-9-]+ [0-9:]{{8}} +[0-9.]+ *$", listed[1])
+            assert await runs("show", run_id, "--url", url) == 0
+            shown = capsys.readouterr().out.splitlines()
+            assert [line.split()[0] for line in shown[2:] if re.match(r" +[0-9]", line)] == ["0", "1", "2"]
+            if terminal:
+                bare = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(listed + shown))
+                assert max(map(len, bare.splitlines())) <= 80
+            else:
+                assert "scripted-mrsa" in listed[1]
+
+
+@pytest.mark.parametrize("limit", ["0", "-3", "x"])
+def test_a_limit_that_is_none_is_named(limit: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["runs", "list", "--limit", limit])
+    assert f"--limit: must be a whole number from 1 on, not '{limit}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("action", ["export", "watch", "show"])
+async def test_a_reader_who_has_enough_is_no_error(tmp_path: Path, action: str) -> None:
+    async with on_port(ScriptedEngine(), state_dir=tmp_path) as (url, _):
+        run_id = await asked(url)
+        reading, writing = os.pipe()
+        os.close(reading)
+        command = [sys.executable, "-m", "mrsa_server", "runs", action, run_id, "--url", url]
+        process = await asyncio.create_subprocess_exec(*command, stdout=writing, stderr=asyncio.subprocess.PIPE)
+        os.close(writing)
+        _, said = await process.communicate()
+    assert said == b""
+    assert process.returncode
+
+
 async def test_runs_of_a_batch_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     problems = tmp_path / "problems.jsonl"
     problems.write_text('{"problem": "?"}\n{"problem": "!"}\n')
@@ -111,10 +157,13 @@ async def test_a_run_is_watched_over_a_restart_of_its_server(
         await app.state.runner.drain(0)
         with pytest.raises(KeyError):
             await asking  # a 503 without an answer
-    async with on_port(slow(), state_dir=tmp_path, lease_s=0.5, at=port):
+    async with on_port(slow(), state_dir=tmp_path, lease_s=0.5, at=port) as (url, _):
         async with asyncio.timeout(20):
             assert await watching == 0
-    lines = capsys.readouterr().out.splitlines()
+        watched = capsys.readouterr().out
+        assert await runs("show", run_id.replace("run_", "chatcmpl-"), "--url", url) == 0
+        assert re.search(r", up to [0-9,]+ lost with their engine or server", capsys.readouterr().out)
+    lines = watched.splitlines()
     assert sum("run started" in line for line in lines) == 1
     assert sum("run resumed" in line for line in lines) == 1
     assert "run finished" in lines[-1]

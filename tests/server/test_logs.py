@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import AsyncGenerator, Iterator
 from typing import Literal
 
@@ -36,6 +37,20 @@ def clean_logs() -> Iterator[None]:
     root.handlers = handlers
     root.setLevel(level)
     structlog.reset_defaults()
+
+
+@pytest.mark.usefixtures("clean_logs")
+@pytest.mark.parametrize(("terminal", "without"), [(True, ""), (True, "1"), (False, "")])
+def test_colors_are_for_terminals(
+    terminal: bool, without: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setenv("NO_COLOR", without)
+    logs.configure("info", "text")
+    structlog.get_logger("test").info("a line")
+    written = capsys.readouterr().err
+    assert "a line" in written
+    assert ("\x1b[" in written) is (terminal and not without)
 
 
 @pytest.mark.usefixtures("clean_logs")

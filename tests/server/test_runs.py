@@ -12,7 +12,7 @@ import pytest
 
 from harness.scripted import ScriptedEngine
 from tests.helpers.replicas import LEASE_S, SIZES, log_of, only_run, replica, slow, until_ended
-from tests.helpers.serving import CHAT, SMALL, ask, in_memory
+from tests.helpers.serving import CHAT, RESPONSES, SMALL, ask, in_memory
 
 
 async def answered(client: httpx.AsyncClient, **mrsa: Any) -> dict[str, Any]:
@@ -55,6 +55,30 @@ async def test_a_run_is_shown_whole(store: Any, store_url: str) -> None:
             assert len(rollout["reads"]) == (SIZES["set_size"] if row["round"] else 0)
             assert rollout["tail"] or row["round"] == SIZES["rounds"]
     assert run["error"] is None
+
+
+async def test_a_run_is_found_by_the_id_of_what_its_client_got(store: Any, store_url: str) -> None:
+    async with replica(ScriptedEngine(), store_url) as client:
+        chat = await answered(client)
+        body = {"model": "scripted-mrsa", "input": "?", "mrsa": SIZES}
+        response = (await client.post(RESPONSES, json=body)).json()
+        for got, other in ((chat["id"], "resp_"), (response["id"], "chatcmpl-")):
+            name = got.partition("_")[2] or got.removeprefix("chatcmpl-")
+            run_id = f"run_{name}"
+            await until_ended(store, run_id)
+            for path in ("", "/events", "/export", f"/traces/{SIZES['rounds']}/0"):
+                by_run = (await client.get(f"/v1/runs/{run_id}{path}")).content
+                by_view = await client.get(f"/v1/runs/{got}{path}")
+                assert (by_view.status_code, by_view.content) == (200, by_run)
+            assert (await client.delete(f"/v1/runs/{got}")).json()["id"] == run_id
+            query = {"format": "rl", "rounds": "all"}
+            rows = [(await client.get("/v1/export", params={**query, "run": one})).content for one in (run_id, got)]
+            assert rows[0] == rows[1] != b""
+            twice = await client.get("/v1/export", params={**query, "run": [run_id, got]})
+            assert twice.content == rows[0]
+            assert (await client.get(f"/v1/runs/{other}{name}")).status_code == 404, "it was not answered so"
+        page = (await client.get("/v1/runs", params={"after": response["id"]})).json()
+        assert [run["id"] for run in page["data"]] == [chat["mrsa"]["run_id"]]
 
 
 async def test_pages_of_runs_are_the_newest_first_and_filtered(store: Any, store_url: str) -> None:

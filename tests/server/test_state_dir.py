@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import pwd
+import socket
 import sqlite3
 import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 from pydantic import SecretStr
 
+from mrsa_server import logs
 from mrsa_server.app import create_app
 from mrsa_server.cli import main
 from mrsa_server.runs.store_errors import SchemaMismatch, StoreUnavailable
@@ -124,11 +127,35 @@ def test_serve_warns_once_where_it_must_do_without(monkeypatch: pytest.MonkeyPat
     assert "--state-dir DIR" in said
 
 
+def test_serve_says_that_its_port_is_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "mrsa_server", "serve", "--engine", "scripted", "--port", str(port)]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert said.returncode == 3
+    assert said.stderr == f"mrsa serve: 127.0.0.1:{port} is taken by another program: --port names another\n"
+
+
 def test_serve_names_a_folder_that_cannot_be_used() -> None:
     server, _ = start_server("--engine", "scripted", "--state-dir", UNUSABLE, stderr=subprocess.PIPE)
     _, said = server.communicate(timeout=30)
     assert server.returncode == 3
     assert f"mrsa serve: The store is not available: {UNUSABLE}" in said
+
+
+@pytest.mark.parametrize("missing", ["asyncpg", "greenlet", "sqlalchemy.ext.asyncio"])
+@pytest.mark.parametrize("command", [("serve", "--engine", "scripted"), ("db", "current"), ("db", "upgrade")])
+def test_a_postgres_url_without_what_it_needs_says_what_to_install(
+    command: tuple[str, ...], missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MRSA_DATABASE_URL", "postgresql://ann:secret@db.example/runs")
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setattr(logs, "configure", lambda *_: None)
+    assert main(list(command)) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"mrsa {command[0]}: The store is not available: Postgres needs {missing}")
+    assert line.endswith(': pip install "mrsa-server[postgres]"')
+    assert "secret" not in line
 
 
 def test_db_looks_where_the_server_does(
