@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from enum import StrEnum
+from math import inf
 
 import structlog
 
@@ -13,6 +14,7 @@ from mrsa_server.engines import CannotServe
 from mrsa_server.engines.build import ServedEngine, memory_tokens
 
 _POLL_S = 0.25
+_TELL_S = 60.0
 _SLOWEST_POLL_S = 2.0
 
 log = structlog.get_logger("mrsa.engine")
@@ -57,13 +59,16 @@ class EngineHost:
             await self.engine.aclose()
 
     async def _start(self) -> None:
-        pause = _POLL_S
+        pause, told = _POLL_S, -inf
+        clock = asyncio.get_running_loop().time
         while True:
             try:
                 await self.engine.start()
-            except EngineDead as error:  # not there yet: a remote engine may still be loading
+            except EngineDead as error:  # not there yet: a remote engine may still be loading, or sleep all night
                 self.reason = str(error)
-                log.warning("engine not there yet", reason=self.reason, retry_s=pause)
+                if clock() - told >= _TELL_S:
+                    told = clock()
+                    log.warning("engine not there yet", reason=self.reason)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _SLOWEST_POLL_S)
             except Exception as error:
