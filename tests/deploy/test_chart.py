@@ -275,6 +275,21 @@ def test_a_server_drains_within_its_grace_and_loads_for_half_an_hour(objects: Ob
         assert len(pod["topologySpreadConstraints"]) == 2
 
 
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if "knative" in shape])
+def test_knative_is_asked_for_nothing_that_its_webhook_refuses(objects: Objects, shape: str) -> None:
+    """By the masks of its `fieldmask.go`, with all features on: its CRD takes more than it does."""
+    pod = objects(shape)["Service", "mrsa"]["spec"]["template"]["spec"]
+    assert set(pod["securityContext"]) <= {
+        "runAsUser", "runAsGroup", "runAsNonRoot", "fsGroup", "supplementalGroups", "seccompProfile",
+    }  # fmt: skip
+    assert not {"terminationGracePeriodSeconds", "restartPolicy", "hostname", "subdomain"} & set(pod)
+    for container in containers(pod):
+        assert "lifecycle" not in container
+        assert not {"seLinuxOptions", "procMount"} & set(container["securityContext"])
+    for name, other in pods(objects(shape)):
+        assert "seccompProfile" in other["securityContext"], name
+
+
 def allows(rules: list[dict[str, Any]], direction: str, labels: dict[str, str]) -> bool:
     """Whether a pod of the same namespace with these labels is among the peers."""
     for rule in rules:
