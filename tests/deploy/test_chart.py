@@ -146,6 +146,8 @@ def test_the_chart_is_of_the_package_s_version() -> None:
         (["shape=pool"], "a pool is of engines with GPUs"),
         (["shape=pool", "accelerator.kind=cuda", "knative.enabled=true"], "only where shape is `single`"),
         (["server.terminationGracePeriodSeconds=20"], "at least preStopSeconds"),
+        (["accelerator.kind=cuda"], "which weights?"),
+        (["model.source=pvc", "model.repository=a/b", "accelerator.kind=cuda", "model.path=/w"], "mounted at /models"),
         (["image.digest=sha256:abc"], "pattern"),
     ],
 )
@@ -174,6 +176,13 @@ def test_settings_are_those_of_the_server(objects: Objects, shape: str, monkeypa
     )
     assert settings.engine_sleeps is ("pool" in shape)
     assert not settings.engine_sleeps or settings.engine_wait_s == 1800
+
+
+def test_settings_that_are_false_or_zero_are_settings_too(objects: Objects) -> None:
+    said = {"engine_sleeps": "false", "shutdown_grace_s": "0", "engine_priority": "false", "log_format": "text"}
+    given = ",".join(f"server.settings.{name}={value}" for name, value in said.items())
+    found = environment(objects("cuda-pool", "--set", given))
+    assert {name: found[f"MRSA_{name.upper()}"] for name in said} == said
 
 
 @pytest.mark.parametrize("file", [path.name for path in CHART.glob("values*.yaml") if path.name != "values-pool.yaml"])

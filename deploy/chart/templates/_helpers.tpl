@@ -55,7 +55,9 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace 
 {{/* Where the weights are, in the pod. */}}
 {{- define "mrsa.modelPath" -}}
 {{- if eq .Values.model.source "pvc" -}}
-{{- default (printf "/models/%s" (default "first" .Values.model.revision)) .Values.model.path -}}
+{{- $path := default (printf "/models/%s" (default "first" .Values.model.revision)) .Values.model.path -}}
+{{- if not (hasPrefix "/models/" $path) }}{{ fail "model.path: the claim is mounted at /models, so a folder below it" }}{{ end -}}
+{{- $path -}}
 {{- else if eq .Values.model.source "image" -}}
 /models{{ with .Values.model.path }}/{{ trimPrefix "/" . }}{{ end }}
 {{- else -}}
@@ -202,9 +204,11 @@ authorization:
 {{- $_ := set $settings "engine" "embedded" -}}
 {{- else -}}
 {{- $_ := set $settings "engine" "vllm" -}}
-{{- $_ := set $settings "model" (include "mrsa.modelPath" .) -}}
+{{- $_ := set $settings "model" (required "model.source or model.path: which weights?" (include "mrsa.modelPath" .)) -}}
 {{- end -}}
-{{- toYaml (merge (deepCopy $server.settings) $settings) -}}
+{{- /* Not by `merge`, for which false and 0 are nothing that was said. */}}
+{{- range $name, $value := $server.settings }}{{ $_ := set $settings $name $value }}{{ end -}}
+{{- toYaml $settings -}}
 {{- end -}}
 
 {{- define "mrsa.serverEnv" -}}
