@@ -147,6 +147,15 @@ def test_the_chart_is_of_the_package_s_version() -> None:
         (["shape=pool", "accelerator.kind=cuda", "knative.enabled=true"], "only where shape is `single`"),
         (["server.terminationGracePeriodSeconds=20"], "at least preStopSeconds"),
         (["accelerator.kind=cuda"], "which weights?"),
+        (
+            [
+                "knative.enabled=true",
+                "model.source=pvc",
+                "model.repository=a/b",
+                "model.pvc.accessModes={ReadWriteOnce}",
+            ],
+            "takes ReadWriteMany",
+        ),
         (["model.source=pvc", "model.repository=a/b", "accelerator.kind=cuda", "model.path=/w"], "mounted at /models"),
         (["image.digest=sha256:abc"], "pattern"),
     ],
@@ -197,6 +206,40 @@ def test_a_job_that_changes_is_another(objects: Objects) -> None:
     assert len(jobs()) == 1
     assert jobs() == jobs("--set", "server.settings.max_runs=7")
     assert not jobs() & jobs("--set", "image.registry=other")
+
+
+def test_weights_are_fetched_where_their_claim_can_be(objects: Objects) -> None:
+    def claim_and_job(shape: str, *more: str) -> tuple[list[str], dict[str, Any]]:
+        found = objects(shape, *more)
+        (job,) = (document for (kind, _), document in found.items() if kind == "Job" and "weights" in str(document))
+        modes: list[str] = found["PersistentVolumeClaim", "mrsa-models"]["spec"]["accessModes"]
+        return modes, job["spec"]["template"]["spec"]
+
+    modes, job = claim_and_job("cuda")
+    assert modes == ["ReadWriteOnce"]
+    (wanted,) = job["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    server = objects("cuda")["Deployment", "mrsa-server"]["spec"]["template"]
+    assert wanted["labelSelector"]["matchLabels"].items() <= server["metadata"]["labels"].items()
+    assert job["tolerations"] == server["spec"]["tolerations"]
+    for shape, more in (("cuda-knative", ()), ("cuda", ("--set", "model.pvc.accessModes={ReadWriteMany}"))):
+        modes, job = claim_and_job(shape, *more)
+        assert modes == ["ReadWriteMany"]
+        assert "affinity" not in job
+
+
+@pytest.mark.parametrize("shape", ["cuda", "cuda-pool"])
+def test_weights_are_fetched_by_the_image_that_reads_them(objects: Objects, shape: str) -> None:
+    found = objects(shape, "--set", "image.tag=mine,engine.image.tag=theirs")
+    (job,) = (document["spec"]["template"]["spec"] for (_, name), document in found.items() if "-weights-" in name)
+    assert job["containers"][0]["image"] == f"mrsa-server:{'mine' if shape == 'cuda' else 'theirs'}"
+
+
+@pytest.mark.parametrize("shape", ["cuda", "cuda-pool", "cuda-knative"])
+def test_names_hold_however_long_the_release_s_is(tool: Tool, shape: str) -> None:
+    """A Job's name is a label of its pods, and a Service's is a label of DNS."""
+    release = "a" * 53
+    made = yaml.safe_load_all(tool("helm", "template", release, CHART, *flags(shape)).stdout)
+    assert all(len(document["metadata"]["name"]) <= 63 for document in made if document)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -69,6 +69,12 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace 
 {{- default (printf "%s-models" (include "mrsa.fullname" .)) .Values.model.pvc.existingClaim -}}
 {{- end -}}
 
+{{/* Whether one pod alone reads the claim of weights: then any storage will do, if the Job goes to that pod's node. */}}
+{{- define "mrsa.modelIsAlone" -}}
+{{- $one := and (eq (int .Values.server.replicas) 1) (not .Values.server.hpa.enabled) (not .Values.knative.enabled) -}}
+{{- if and (eq .Values.shape "single") $one (not (has "ReadWriteMany" .Values.model.pvc.accessModes)) }}true{{ end -}}
+{{- end -}}
+
 {{- define "mrsa.modelVolume" -}}
 {{- if eq .Values.model.source "pvc" -}}
 - name: models
