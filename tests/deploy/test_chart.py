@@ -23,6 +23,7 @@ from mrsa_server.keyring import KeyRing, Scope
 from mrsa_server.settings import Settings
 from tests.deploy.conftest import CHART, REVISION, ROOT, SHAPES, Document, Tool, flags
 from tests.helpers.keys import client, ring
+from tests.helpers.ports import free_port
 from tests.helpers.serving import on_port
 
 pytestmark = pytest.mark.deploy
@@ -459,6 +460,32 @@ async def test_helm_s_test_passes_on_a_server() -> None:
         said, _ = await asked.communicate()
     assert asked.returncode == 0
     assert b"'completion_tokens'" in said
+
+
+async def test_helm_s_test_waits_for_a_server_that_is_not_there_yet() -> None:
+    """As right after `helm install`: weights are fetched, the engine loads."""
+    asks, port = client("alice"), free_port()
+    given = {"URL": f"http://127.0.0.1:{port}", "TIMEOUT_S": "20", "MRSA_KEY": asks.secret}
+    asked = await asyncio.create_subprocess_exec(
+        sys.executable, CHART / "files/ask.py", env=given, stdout=asyncio.subprocess.PIPE
+    )
+    assert asked.stdout is not None
+    assert b"not ready" in await asked.stdout.readline()
+    async with on_port(at=port, keys=ring(asks)):
+        said, _ = await asked.communicate()
+    assert asked.returncode == 0, said
+
+
+async def test_helm_s_test_says_why_it_got_no_answer() -> None:
+    asks = client("alice")
+    async with on_port(keys=ring(asks)) as (url, _):
+        asked = await asyncio.create_subprocess_exec(
+            sys.executable, CHART / "files/ask.py", env={"URL": url, "TIMEOUT_S": "20"},
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
+        )  # fmt: skip
+        said, _ = await asked.communicate()
+    assert asked.returncode == 1
+    assert b"401" in said
 
 
 class Engine(BaseHTTPRequestHandler):
