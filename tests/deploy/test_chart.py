@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
 import subprocess
 import sys
 from base64 import b64decode
@@ -263,6 +264,38 @@ def test_keys_that_are_made_open_what_they_should(objects: Objects, shape: str, 
     monitor = found["PodMonitor" if "knative" in shape else "ServiceMonitor", "mrsa"]["spec"]
     (endpoint,) = monitor.get("endpoints") or monitor["podMetricsEndpoints"]
     assert endpoint["authorization"] == {"type": "Bearer", "credentials": {"name": "mrsa-keys", "key": "metrics"}}
+
+
+def test_a_database_s_ca_is_where_its_url_is_read(objects: Objects) -> None:
+    more = [
+        "--set-json", 'server.extraVolumes=[{"name":"ca","configMap":{"name":"ca"}}]',
+        "--set-json", 'server.extraVolumeMounts=[{"name":"ca","mountPath":"/etc/ca"}]',
+    ]  # fmt: skip
+    for migrate in ("job", "init"):
+        found = objects("cuda-pool", *more, "--set", f"store.postgres.migrate={migrate}")
+        asking = [
+            (pod, container)
+            for _, pod in pods(found)
+            for container in containers(pod)
+            if any(entry["name"] == "MRSA_DATABASE_URL" for entry in container.get("env", ()))
+        ]
+        assert len(asking) == 2
+        for pod, container in asking:
+            assert {"name": "ca", "mountPath": "/etc/ca"} in container["volumeMounts"]
+            assert {"name": "ca", "configMap": {"name": "ca"}} in pod["volumes"]
+
+
+def test_another_version_of_the_chart_alone_starts_no_pod_anew(tool: Tool, tmp_path: Path) -> None:
+    """An engine that loads for minutes least of all."""
+    shutil.copytree(CHART, tmp_path / "chart")
+    about = tmp_path / "chart/Chart.yaml"
+    about.write_text(re.sub(r"(?m)^version: .*$", "version: 9.9.9", about.read_text()))
+
+    def templates(chart: Path) -> list[Any]:
+        made = yaml.safe_load_all(tool("helm", "template", "mrsa", chart, *flags("cuda-pool")).stdout)
+        return [document["spec"]["template"] for document in made if document and document["kind"] == "Deployment"]
+
+    assert templates(tmp_path / "chart") == templates(CHART)
 
 
 def test_keys_of_another_secret_and_none(objects: Objects) -> None:

@@ -249,6 +249,9 @@ terminationGracePeriodSeconds: {{ $server.terminationGracePeriodSeconds }}
 {{- with $server.priorityClassName }}
 priorityClassName: {{ . }}
 {{- end }}
+{{- with (ternary .Values.accelerator.runtimeClassName "" $single) }}
+runtimeClassName: {{ . }}
+{{- end }}
 securityContext:
   {{- include "mrsa.podSecurity" . | nindent 2 }}
   {{- if and $single .Values.accelerator.groups }}
@@ -284,6 +287,7 @@ initContainers:
       limits: {cpu: "1", memory: 512Mi}
     volumeMounts:
       - {name: tmp, mountPath: /tmp}
+      {{- with $server.extraVolumeMounts }}{{ toYaml . | nindent 6 }}{{ end }}
   {{- end }}
   {{- with $await }}{{ . | nindent 2 }}{{ end }}
 {{- end }}
@@ -345,6 +349,7 @@ containers:
       {{- if eq .Values.store.kind "file" }}
       - {name: state, mountPath: /var/lib/mrsa}
       {{- end }}
+      {{- with $server.extraVolumeMounts }}{{ toYaml . | nindent 6 }}{{ end }}
 volumes:
   - name: tmp
     emptyDir: {sizeLimit: 1Gi}
@@ -367,6 +372,7 @@ volumes:
     persistentVolumeClaim:
       claimName: {{ default (printf "%s-state" (include "mrsa.fullname" .)) .Values.store.file.existingClaim }}
   {{- end }}
+  {{- with $server.extraVolumes }}{{ toYaml . | nindent 2 }}{{ end }}
 {{- end -}}
 
 {{- define "mrsa.cacheVolume" -}}
