@@ -201,6 +201,23 @@ def test_each_values_file_stands_by_itself(tool: Tool, file: str) -> None:
     assert "kind: Secret" in tool("helm", "template", "mrsa", CHART, "--values", CHART / file).stdout
 
 
+@pytest.mark.parametrize(
+    ("shape", "given", "said"),
+    [
+        ("cuda-pool", ("--set-json", "networkPolicy.postgres=[]"), "networkPolicy.postgres is empty"),
+        ("external", (), "networkPolicy.externalEngine is empty"),
+        ("cpu", ("--set", "service.type=LoadBalancer"), "Add an ipBlock"),
+        ("cuda-pool", ("--set", "monitoring.serviceMonitor.enabled=false"), "job=mrsa"),
+        ("cpu", (), "helm test mrsa --namespace ai --timeout 5m"),
+    ],
+)
+def test_the_notes_say_what_is_left_to_do(tool: Tool, shape: str, given: tuple[str, ...], said: str) -> None:
+    words = ["install", "mrsa", CHART, "--namespace", "ai", "--dry-run=client", *flags(shape)]
+    notes = [tool("helm", *words, *more).stdout.partition("NOTES:")[2] for more in ((), given)]
+    assert said in notes[1]
+    assert not given or said not in notes[0]
+
+
 def test_a_job_that_changes_is_another(objects: Objects) -> None:
     def jobs(*more: str) -> set[str]:
         return {name for kind, name in objects("cuda", *more) if kind == "Job"}
@@ -460,6 +477,20 @@ def test_gpus_are_asked_for_where_the_engine_is(objects: Objects) -> None:
     assert gpus("rocm-pool", "mrsa-engine") == ({"memory": "64Gi", "amd.com/gpu": "1"}, [44, 109])
     assert gpus("rocm-pool", "mrsa-server") == ({"memory": "4Gi"}, None)
     assert gpus("cpu", "mrsa-server") == ({"memory": "8Gi"}, None)
+
+
+def test_an_engine_uses_all_gpus_of_its_pod(objects: Objects) -> None:
+    def arguments(shape: str, *more: str) -> Any:
+        found = objects(shape, "--set", "accelerator.count=2", *more)
+        if "pool" in shape:
+            return found["Deployment", "mrsa-engine"]["spec"]["template"]["spec"]["containers"][0]["args"]
+        return json.loads(environment(found)["MRSA_ENGINE_ARGS"] or "{}")
+
+    assert arguments("cuda") == {"dtype": "bfloat16", "max_num_seqs": 256, "tensor_parallel_size": 2}
+    assert "tensor_parallel_size" not in arguments("cuda", "--set", "server.settings.engine_args.data_parallel_size=2")
+    assert "--tensor-parallel-size=2" in arguments("cuda-pool")
+    others = arguments("cuda-pool", "--set", "engine.args={--data-parallel-size=2}")
+    assert [word for word in others if "parallel" in word] == ["--data-parallel-size=2"]
 
 
 _PARSE = """

@@ -212,8 +212,17 @@ authorization:
 {{- $_ := set $settings "engine" "vllm" -}}
 {{- $_ := set $settings "model" (required "model.source or model.path: which weights?" (include "mrsa.modelPath" .)) -}}
 {{- end -}}
+{{- if and (eq .Values.shape "single") (ne .Values.accelerator.kind "cpu") (gt (int .Values.accelerator.count) 1) -}}
+{{- $args := default dict $server.settings.engine_args -}}
+{{- if not (contains "parallel_size" (toJson $args)) -}}
+{{- $args = set (deepCopy $args) "tensor_parallel_size" (int .Values.accelerator.count) -}}
+{{- end -}}
+{{- $_ := set $settings "engine_args" $args -}}
+{{- end -}}
 {{- /* Not by `merge`, for which false and 0 are nothing that was said. */}}
-{{- range $name, $value := $server.settings }}{{ $_ := set $settings $name $value }}{{ end -}}
+{{- range $name, $value := $server.settings }}
+{{- if not (and (eq $name "engine_args") (hasKey $settings $name)) }}{{ $_ := set $settings $name $value }}{{ end }}
+{{- end -}}
 {{- toYaml $settings -}}
 {{- end -}}
 
