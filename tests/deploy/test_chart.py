@@ -149,6 +149,8 @@ def test_the_chart_is_of_the_package_s_version() -> None:
         (["shape=pool", "accelerator.kind=cuda", "knative.enabled=true"], "only where shape is `single`"),
         (["server.terminationGracePeriodSeconds=20"], "at least preStopSeconds"),
         (["accelerator.kind=cuda"], "which weights?"),
+        (["ingress.enabled=true"], "ingress.host"),
+        (["ingress.enabled=true", "knative.enabled=true"], "a gateway of its own"),
         (
             [
                 "knative.enabled=true",
@@ -199,6 +201,20 @@ def test_settings_that_are_false_or_zero_are_settings_too(objects: Objects) -> N
 @pytest.mark.parametrize("file", [path.name for path in CHART.glob("values*.yaml") if path.name != "values-pool.yaml"])
 def test_each_values_file_stands_by_itself(tool: Tool, file: str) -> None:
     assert "kind: Secret" in tool("helm", "template", "mrsa", CHART, "--values", CHART / file).stdout
+
+
+def test_an_ingress_leads_to_the_servers(objects: Objects, tool: Tool, tmp_path: Path) -> None:
+    given = "ingress.enabled=true,ingress.host=ai.example,ingress.className=nginx,ingress.tlsSecret=ai-tls"
+    found = objects("cuda", "--set", given)
+    made = found["Ingress", "mrsa"]
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(made))
+    tool("kubernetes-validate", "--strict", tmp_path / "one.yaml")
+    (rule,) = made["spec"]["rules"]
+    (path,) = rule["http"]["paths"]
+    backend = path["backend"]["service"]
+    assert path["path"] == "/v1"
+    assert backend["port"]["name"] in {port["name"] for port in found["Service", backend["name"]]["spec"]["ports"]}
+    assert made["spec"]["tls"] == [{"hosts": ["ai.example"], "secretName": "ai-tls"}]
 
 
 @pytest.mark.parametrize(
