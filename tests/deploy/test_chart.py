@@ -234,6 +234,14 @@ def test_the_notes_say_what_is_left_to_do(tool: Tool, shape: str, given: tuple[s
     assert not given or said not in notes[0]
 
 
+def test_what_the_readme_applies_by_hand_is_what_kubernetes_takes(tool: Tool, objects: Objects, tmp_path: Path) -> None:
+    (text,) = re.findall(r"<<END\n(.*?)\nEND", (ROOT / "deploy/README.md").read_text(), re.DOTALL)
+    (tmp_path / "one.yaml").write_text(text)
+    tool("kubernetes-validate", "--strict", tmp_path / "one.yaml")
+    (volume,) = yaml.safe_load(text)["spec"]["volumes"]
+    assert ("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]) in objects("cuda")
+
+
 def test_a_job_that_changes_is_another(objects: Objects) -> None:
     def jobs(*more: str) -> set[str]:
         return {name for kind, name in objects("cuda", *more) if kind == "Job"}
@@ -303,6 +311,7 @@ def test_a_database_s_ca_is_where_its_url_is_read(objects: Objects) -> None:
     more = [
         "--set-json", 'server.extraVolumes=[{"name":"ca","configMap":{"name":"ca"}}]',
         "--set-json", 'server.extraVolumeMounts=[{"name":"ca","mountPath":"/etc/ca"}]',
+        "--set-json", 'server.extraEnv=[{"name":"PGSSLROOTCERT","value":"/etc/ca/ca.crt"}]',
     ]  # fmt: skip
     for migrate in ("job", "init"):
         found = objects("cuda-pool", *more, "--set", f"store.postgres.migrate={migrate}")
@@ -314,6 +323,7 @@ def test_a_database_s_ca_is_where_its_url_is_read(objects: Objects) -> None:
         ]
         assert len(asking) == 2
         for pod, container in asking:
+            assert {"name": "PGSSLROOTCERT", "value": "/etc/ca/ca.crt"} in container["env"]
             assert {"name": "ca", "mountPath": "/etc/ca"} in container["volumeMounts"]
             assert {"name": "ca", "configMap": {"name": "ca"}} in pod["volumes"]
 

@@ -289,7 +289,9 @@ initContainers:
     image: {{ $image }}
     imagePullPolicy: {{ .Values.image.pullPolicy }}
     command: [mrsa, db, upgrade]
-    env: {{- include "mrsa.databaseEnv" . | nindent 6 }}
+    env:
+      {{- include "mrsa.databaseEnv" . | nindent 6 }}
+      {{- with $server.extraEnv }}{{ toYaml . | nindent 6 }}{{ end }}
     securityContext: {{- include "mrsa.containerSecurity" . | nindent 6 }}
     resources:
       requests: {cpu: 100m, memory: 128Mi}
