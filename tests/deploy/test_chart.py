@@ -84,7 +84,7 @@ def test_every_object_is_what_kubernetes_takes(tool: Tool, render: Render, tmp_p
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_other_object_is_what_its_crd_says(tool: Tool, objects: Objects, shape: str) -> None:
     more = [f"monitoring.{name}.enabled=true" for name in ("serviceMonitor", "rules", "dashboard")]
-    found = objects(shape, "--set", ",".join(more)).values()
+    found = objects(shape, "--set", ",".join([*more, "monitoring.engines=true"])).values()
     asked = [document for document in found if document["apiVersion"].startswith(CUSTOM)]
     assert len(asked) >= 2
     assert tool("python", ROOT / "tests/deploy/crds.py", stdin=json.dumps(asked)).stdout == ""
@@ -463,6 +463,20 @@ def test_only_the_router_reaches_an_engine_and_only_servers_the_router(objects: 
         if (pod_labels := document.get("spec", {}).get("template", {}).get("metadata", {}).get("labels"))
     }
     assert components <= set(policies)
+
+
+def test_prometheus_reads_engines_where_it_may(objects: Objects) -> None:
+    usual = objects("cuda-pool")
+    assert ("PodMonitor", "mrsa-engine") not in usual
+    found = objects("cuda-pool", "--set", "monitoring.engines=true")
+    wanted = found["PodMonitor", "mrsa-engine"]["spec"]
+    template = found["Deployment", "mrsa-engine"]["spec"]["template"]
+    assert wanted["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+    ports = {port["name"] for port in template["spec"]["containers"][0]["ports"]}
+    assert {endpoint["port"] for endpoint in wanted["podMetricsEndpoints"]} <= ports
+    rules = [made["NetworkPolicy", "mrsa-engine"]["spec"]["ingress"] for made in (usual, found)]
+    assert rules[1][:-1] == rules[0]
+    assert rules[1][-1]["from"] == found["NetworkPolicy", "mrsa-router"]["spec"]["ingress"][-1]["from"]
 
 
 def test_the_pool_sleeps_and_the_servers_metrics_wake_it(objects: Objects) -> None:
