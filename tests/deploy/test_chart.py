@@ -150,6 +150,7 @@ def test_the_chart_is_of_the_package_s_version() -> None:
         (["server.terminationGracePeriodSeconds=20"], "at least preStopSeconds"),
         (["accelerator.kind=cuda"], "which weights?"),
         (["ingress.enabled=true"], "ingress.host"),
+        (["httpRoute.enabled=true"], "httpRoute.parentRefs"),
         (["ingress.enabled=true", "knative.enabled=true"], "a gateway of its own"),
         (
             [
@@ -215,6 +216,20 @@ def test_an_ingress_leads_to_the_servers(objects: Objects, tool: Tool, tmp_path:
     assert path["path"] == "/v1"
     assert backend["port"]["name"] in {port["name"] for port in found["Service", backend["name"]]["spec"]["ports"]}
     assert made["spec"]["tls"] == [{"hosts": ["ai.example"], "secretName": "ai-tls"}]
+
+
+def test_a_route_of_a_gateway_leads_to_the_servers_and_bounds_no_stream(objects: Objects) -> None:
+    given = (
+        "httpRoute.enabled=true,httpRoute.parentRefs[0].name=public,httpRoute.hostnames={ai.example},service.port=81"
+    )
+    found = objects("cuda", "--set", given)
+    spec = found["HTTPRoute", "mrsa"]["spec"]
+    assert (spec["parentRefs"], spec["hostnames"]) == ([{"name": "public"}], ["ai.example"])
+    (rule,) = spec["rules"]
+    assert rule["timeouts"] == {"request": "0s"}
+    assert rule["matches"] == [{"path": {"type": "PathPrefix", "value": "/v1"}}]
+    (backend,) = rule["backendRefs"]
+    assert backend["port"] in {port["port"] for port in found["Service", backend["name"]]["spec"]["ports"]}
 
 
 @pytest.mark.parametrize(
