@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
 import subprocess
 import sys
 from base64 import b64decode
@@ -24,6 +25,7 @@ from mrsa_server.settings import Settings
 from mrsa_server.tracing import wanted
 from tests.deploy.conftest import CHART, REVISION, ROOT, SHAPES, Document, Tool, flags
 from tests.helpers.keys import client, ring
+from tests.helpers.ports import free_port
 from tests.helpers.serving import on_port
 
 pytestmark = pytest.mark.deploy
@@ -83,7 +85,7 @@ def test_every_object_is_what_kubernetes_takes(tool: Tool, render: Render, tmp_p
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_other_object_is_what_its_crd_says(tool: Tool, objects: Objects, shape: str) -> None:
     more = [f"monitoring.{name}.enabled=true" for name in ("serviceMonitor", "rules", "dashboard")]
-    found = objects(shape, "--set", ",".join(more)).values()
+    found = objects(shape, "--set", ",".join([*more, "monitoring.engines=true"])).values()
     asked = [document for document in found if document["apiVersion"].startswith(CUSTOM)]
     assert len(asked) >= 2
     assert tool("python", ROOT / "tests/deploy/crds.py", stdin=json.dumps(asked)).stdout == ""
@@ -147,6 +149,20 @@ def test_the_chart_is_of_the_package_s_version() -> None:
         (["shape=pool"], "a pool is of engines with GPUs"),
         (["shape=pool", "accelerator.kind=cuda", "knative.enabled=true"], "only where shape is `single`"),
         (["server.terminationGracePeriodSeconds=20"], "at least preStopSeconds"),
+        (["accelerator.kind=cuda"], "which weights?"),
+        (["ingress.enabled=true"], "ingress.host"),
+        (["httpRoute.enabled=true"], "httpRoute.parentRefs"),
+        (["ingress.enabled=true", "knative.enabled=true"], "a gateway of its own"),
+        (
+            [
+                "knative.enabled=true",
+                "model.source=pvc",
+                "model.repository=a/b",
+                "model.pvc.accessModes={ReadWriteOnce}",
+            ],
+            "takes ReadWriteMany",
+        ),
+        (["model.source=pvc", "model.repository=a/b", "accelerator.kind=cuda", "model.path=/w"], "mounted at /models"),
         (["image.digest=sha256:abc"], "pattern"),
         (["tracing.endpoint=collector:4318"], "pattern"),
     ],
@@ -178,9 +194,69 @@ def test_settings_are_those_of_the_server(objects: Objects, shape: str, monkeypa
     assert not settings.engine_sleeps or settings.engine_wait_s == 1800
 
 
+def test_settings_that_are_false_or_zero_are_settings_too(objects: Objects) -> None:
+    said = {"engine_sleeps": "false", "shutdown_grace_s": "0", "engine_priority": "false", "log_format": "text"}
+    given = ",".join(f"server.settings.{name}={value}" for name, value in said.items())
+    found = environment(objects("cuda-pool", "--set", given))
+    assert {name: found[f"MRSA_{name.upper()}"] for name in said} == said
+
+
 @pytest.mark.parametrize("file", [path.name for path in CHART.glob("values*.yaml") if path.name != "values-pool.yaml"])
 def test_each_values_file_stands_by_itself(tool: Tool, file: str) -> None:
     assert "kind: Secret" in tool("helm", "template", "mrsa", CHART, "--values", CHART / file).stdout
+
+
+def test_an_ingress_leads_to_the_servers(objects: Objects, tool: Tool, tmp_path: Path) -> None:
+    given = "ingress.enabled=true,ingress.host=ai.example,ingress.className=nginx,ingress.tlsSecret=ai-tls"
+    found = objects("cuda", "--set", given)
+    made = found["Ingress", "mrsa"]
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(made))
+    tool("kubernetes-validate", "--strict", tmp_path / "one.yaml")
+    (rule,) = made["spec"]["rules"]
+    (path,) = rule["http"]["paths"]
+    backend = path["backend"]["service"]
+    assert path["path"] == "/v1"
+    assert backend["port"]["name"] in {port["name"] for port in found["Service", backend["name"]]["spec"]["ports"]}
+    assert made["spec"]["tls"] == [{"hosts": ["ai.example"], "secretName": "ai-tls"}]
+
+
+def test_a_route_of_a_gateway_leads_to_the_servers_and_bounds_no_stream(objects: Objects) -> None:
+    given = (
+        "httpRoute.enabled=true,httpRoute.parentRefs[0].name=public,httpRoute.hostnames={ai.example},service.port=81"
+    )
+    found = objects("cuda", "--set", given)
+    spec = found["HTTPRoute", "mrsa"]["spec"]
+    assert (spec["parentRefs"], spec["hostnames"]) == ([{"name": "public"}], ["ai.example"])
+    (rule,) = spec["rules"]
+    assert rule["timeouts"] == {"request": "0s"}
+    assert rule["matches"] == [{"path": {"type": "PathPrefix", "value": "/v1"}}]
+    (backend,) = rule["backendRefs"]
+    assert backend["port"] in {port["port"] for port in found["Service", backend["name"]]["spec"]["ports"]}
+
+
+@pytest.mark.parametrize(
+    ("shape", "given", "said"),
+    [
+        ("cuda-pool", ("--set-json", "networkPolicy.postgres=[]"), "networkPolicy.postgres is empty"),
+        ("external", (), "networkPolicy.externalEngine is empty"),
+        ("cpu", ("--set", "service.type=LoadBalancer"), "Add an ipBlock"),
+        ("cuda-pool", ("--set", "monitoring.serviceMonitor.enabled=false"), "job=mrsa"),
+        ("cpu", (), "helm test mrsa --namespace ai --timeout 5m"),
+    ],
+)
+def test_the_notes_say_what_is_left_to_do(tool: Tool, shape: str, given: tuple[str, ...], said: str) -> None:
+    words = ["install", "mrsa", CHART, "--namespace", "ai", "--dry-run=client", *flags(shape)]
+    notes = [tool("helm", *words, *more).stdout.partition("NOTES:")[2] for more in ((), given)]
+    assert said in notes[1]
+    assert not given or said not in notes[0]
+
+
+def test_what_the_readme_applies_by_hand_is_what_kubernetes_takes(tool: Tool, objects: Objects, tmp_path: Path) -> None:
+    (text,) = re.findall(r"<<END\n(.*?)\nEND", (ROOT / "deploy/README.md").read_text(), re.DOTALL)
+    (tmp_path / "one.yaml").write_text(text)
+    tool("kubernetes-validate", "--strict", tmp_path / "one.yaml")
+    (volume,) = yaml.safe_load(text)["spec"]["volumes"]
+    assert ("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]) in objects("cuda")
 
 
 def test_a_job_that_changes_is_another(objects: Objects) -> None:
@@ -190,6 +266,40 @@ def test_a_job_that_changes_is_another(objects: Objects) -> None:
     assert len(jobs()) == 1
     assert jobs() == jobs("--set", "server.settings.max_runs=7")
     assert not jobs() & jobs("--set", "image.registry=other")
+
+
+def test_weights_are_fetched_where_their_claim_can_be(objects: Objects) -> None:
+    def claim_and_job(shape: str, *more: str) -> tuple[list[str], dict[str, Any]]:
+        found = objects(shape, *more)
+        (job,) = (document for (kind, _), document in found.items() if kind == "Job" and "weights" in str(document))
+        modes: list[str] = found["PersistentVolumeClaim", "mrsa-models"]["spec"]["accessModes"]
+        return modes, job["spec"]["template"]["spec"]
+
+    modes, job = claim_and_job("cuda")
+    assert modes == ["ReadWriteOnce"]
+    (wanted,) = job["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    server = objects("cuda")["Deployment", "mrsa-server"]["spec"]["template"]
+    assert wanted["labelSelector"]["matchLabels"].items() <= server["metadata"]["labels"].items()
+    assert job["tolerations"] == server["spec"]["tolerations"]
+    for shape, more in (("cuda-knative", ()), ("cuda", ("--set", "model.pvc.accessModes={ReadWriteMany}"))):
+        modes, job = claim_and_job(shape, *more)
+        assert modes == ["ReadWriteMany"]
+        assert "affinity" not in job
+
+
+@pytest.mark.parametrize("shape", ["cuda", "cuda-pool"])
+def test_weights_are_fetched_by_the_image_that_reads_them(objects: Objects, shape: str) -> None:
+    found = objects(shape, "--set", "image.tag=mine,engine.image.tag=theirs")
+    (job,) = (document["spec"]["template"]["spec"] for (_, name), document in found.items() if "-weights-" in name)
+    assert job["containers"][0]["image"] == f"mrsa-server:{'mine' if shape == 'cuda' else 'theirs'}"
+
+
+@pytest.mark.parametrize("shape", ["cuda", "cuda-pool", "cuda-knative"])
+def test_names_hold_however_long_the_release_s_is(tool: Tool, shape: str) -> None:
+    """A Job's name is a label of its pods, and a Service's is a label of DNS."""
+    release = "a" * 53
+    made = yaml.safe_load_all(tool("helm", "template", release, CHART, *flags(shape)).stdout)
+    assert all(len(document["metadata"]["name"]) <= 63 for document in made if document)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -212,6 +322,40 @@ def test_keys_that_are_made_open_what_they_should(objects: Objects, shape: str, 
     monitor = found["PodMonitor" if "knative" in shape else "ServiceMonitor", "mrsa"]["spec"]
     (endpoint,) = monitor.get("endpoints") or monitor["podMetricsEndpoints"]
     assert endpoint["authorization"] == {"type": "Bearer", "credentials": {"name": "mrsa-keys", "key": "metrics"}}
+
+
+def test_a_database_s_ca_is_where_its_url_is_read(objects: Objects) -> None:
+    more = [
+        "--set-json", 'server.extraVolumes=[{"name":"ca","configMap":{"name":"ca"}}]',
+        "--set-json", 'server.extraVolumeMounts=[{"name":"ca","mountPath":"/etc/ca"}]',
+        "--set-json", 'server.extraEnv=[{"name":"PGSSLROOTCERT","value":"/etc/ca/ca.crt"}]',
+    ]  # fmt: skip
+    for migrate in ("job", "init"):
+        found = objects("cuda-pool", *more, "--set", f"store.postgres.migrate={migrate}")
+        asking = [
+            (pod, container)
+            for _, pod in pods(found)
+            for container in containers(pod)
+            if any(entry["name"] == "MRSA_DATABASE_URL" for entry in container.get("env", ()))
+        ]
+        assert len(asking) == 2
+        for pod, container in asking:
+            assert {"name": "PGSSLROOTCERT", "value": "/etc/ca/ca.crt"} in container["env"]
+            assert {"name": "ca", "mountPath": "/etc/ca"} in container["volumeMounts"]
+            assert {"name": "ca", "configMap": {"name": "ca"}} in pod["volumes"]
+
+
+def test_another_version_of_the_chart_alone_starts_no_pod_anew(tool: Tool, tmp_path: Path) -> None:
+    """An engine that loads for minutes least of all."""
+    shutil.copytree(CHART, tmp_path / "chart")
+    about = tmp_path / "chart/Chart.yaml"
+    about.write_text(re.sub(r"(?m)^version: .*$", "version: 9.9.9", about.read_text()))
+
+    def templates(chart: Path) -> list[Any]:
+        made = yaml.safe_load_all(tool("helm", "template", "mrsa", chart, *flags("cuda-pool")).stdout)
+        return [document["spec"]["template"] for document in made if document and document["kind"] == "Deployment"]
+
+    assert templates(tmp_path / "chart") == templates(CHART)
 
 
 def test_keys_of_another_secret_and_none(objects: Objects) -> None:
@@ -292,6 +436,21 @@ def test_a_server_drains_within_its_grace_and_loads_for_half_an_hour(objects: Ob
         assert len(pod["topologySpreadConstraints"]) == 2
 
 
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if "knative" in shape])
+def test_knative_is_asked_for_nothing_that_its_webhook_refuses(objects: Objects, shape: str) -> None:
+    """By the masks of its `fieldmask.go`, with all features on: its CRD takes more than it does."""
+    pod = objects(shape)["Service", "mrsa"]["spec"]["template"]["spec"]
+    assert set(pod["securityContext"]) <= {
+        "runAsUser", "runAsGroup", "runAsNonRoot", "fsGroup", "supplementalGroups", "seccompProfile",
+    }  # fmt: skip
+    assert not {"terminationGracePeriodSeconds", "restartPolicy", "hostname", "subdomain"} & set(pod)
+    for container in containers(pod):
+        assert "lifecycle" not in container
+        assert not {"seLinuxOptions", "procMount"} & set(container["securityContext"])
+    for name, other in pods(objects(shape)):
+        assert "seccompProfile" in other["securityContext"], name
+
+
 def allows(rules: list[dict[str, Any]], direction: str, labels: dict[str, str]) -> bool:
     """Whether a pod of the same namespace with these labels is among the peers."""
     for rule in rules:
@@ -338,6 +497,20 @@ def test_only_the_router_reaches_an_engine_and_only_servers_the_router(objects: 
     assert components <= set(policies)
 
 
+def test_prometheus_reads_engines_where_it_may(objects: Objects) -> None:
+    usual = objects("cuda-pool")
+    assert ("PodMonitor", "mrsa-engine") not in usual
+    found = objects("cuda-pool", "--set", "monitoring.engines=true")
+    wanted = found["PodMonitor", "mrsa-engine"]["spec"]
+    template = found["Deployment", "mrsa-engine"]["spec"]["template"]
+    assert wanted["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+    ports = {port["name"] for port in template["spec"]["containers"][0]["ports"]}
+    assert {endpoint["port"] for endpoint in wanted["podMetricsEndpoints"]} <= ports
+    rules = [made["NetworkPolicy", "mrsa-engine"]["spec"]["ingress"] for made in (usual, found)]
+    assert rules[1][:-1] == rules[0]
+    assert rules[1][-1]["from"] == found["NetworkPolicy", "mrsa-router"]["spec"]["ingress"][-1]["from"]
+
+
 def test_the_pool_sleeps_and_the_servers_metrics_wake_it(objects: Objects) -> None:
     found = objects("cuda-pool")
     scaled = found["ScaledObject", "mrsa-engine"]["spec"]
@@ -378,6 +551,20 @@ def test_gpus_are_asked_for_where_the_engine_is(objects: Objects) -> None:
     assert gpus("cpu", "mrsa-server") == ({"memory": "8Gi"}, None)
 
 
+def test_an_engine_uses_all_gpus_of_its_pod(objects: Objects) -> None:
+    def arguments(shape: str, *more: str) -> Any:
+        found = objects(shape, "--set", "accelerator.count=2", *more)
+        if "pool" in shape:
+            return found["Deployment", "mrsa-engine"]["spec"]["template"]["spec"]["containers"][0]["args"]
+        return json.loads(environment(found)["MRSA_ENGINE_ARGS"] or "{}")
+
+    assert arguments("cuda") == {"dtype": "bfloat16", "max_num_seqs": 256, "tensor_parallel_size": 2}
+    assert "tensor_parallel_size" not in arguments("cuda", "--set", "server.settings.engine_args.data_parallel_size=2")
+    assert "--tensor-parallel-size=2" in arguments("cuda-pool")
+    others = arguments("cuda-pool", "--set", "engine.args={--data-parallel-size=2}")
+    assert [word for word in others if "parallel" in word] == ["--data-parallel-size=2"]
+
+
 _PARSE = """
 import json, sys
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
@@ -409,6 +596,32 @@ async def test_helm_s_test_passes_on_a_server() -> None:
         said, _ = await asked.communicate()
     assert asked.returncode == 0
     assert b"'completion_tokens'" in said
+
+
+async def test_helm_s_test_waits_for_a_server_that_is_not_there_yet() -> None:
+    """As right after `helm install`: weights are fetched, the engine loads."""
+    asks, port = client("alice"), free_port()
+    given = {"URL": f"http://127.0.0.1:{port}", "TIMEOUT_S": "20", "MRSA_KEY": asks.secret}
+    asked = await asyncio.create_subprocess_exec(
+        sys.executable, CHART / "files/ask.py", env=given, stdout=asyncio.subprocess.PIPE
+    )
+    assert asked.stdout is not None
+    assert b"not ready" in await asked.stdout.readline()
+    async with on_port(at=port, keys=ring(asks)):
+        said, _ = await asked.communicate()
+    assert asked.returncode == 0, said
+
+
+async def test_helm_s_test_says_why_it_got_no_answer() -> None:
+    asks = client("alice")
+    async with on_port(keys=ring(asks)) as (url, _):
+        asked = await asyncio.create_subprocess_exec(
+            sys.executable, CHART / "files/ask.py", env={"URL": url, "TIMEOUT_S": "20"},
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
+        )  # fmt: skip
+        said, _ = await asked.communicate()
+    assert asked.returncode == 1
+    assert b"401" in said
 
 
 class Engine(BaseHTTPRequestHandler):

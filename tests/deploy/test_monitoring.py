@@ -121,22 +121,47 @@ def test_what_scales_is_a_metric_of_the_server(objects: Objects) -> None:
 
 
 @pytest.mark.deploy
+def test_the_adapter_s_rule_of_the_readme_serves_what_scales_the_servers(objects: Objects, tmp_path: Path) -> None:
+    text = (ROOT / "deploy/README.md").read_text()
+    (rule,) = yaml.safe_load(re.findall(r"```yaml\n(- seriesQuery.*?)```", text, re.DOTALL)[0])
+    (name,) = re.findall(r'__name__=~"(.*?)"', rule["seriesQuery"])
+    spec = objects("cuda-pool")["HorizontalPodAutoscaler", "mrsa-server"]["spec"]
+    assert all(re.fullmatch(name, metric["pods"]["metric"]["name"]) for metric in spec["metrics"])
+    asked = rule["metricsQuery"].replace("<<.Series>>", "mrsa_runs_queued").replace("<<.GroupBy>>", "pod")
+    asked = asked.replace("<<.LabelMatchers>>", 'namespace="ai",pod=~"a|b"')
+    promtool(tmp_path, [rule["seriesQuery"], asked])
+
+
+@pytest.mark.deploy
 def test_the_chart_brings_the_rules_and_the_dashboard_as_they_are(objects: Objects) -> None:
     found = objects("cuda-pool")
     assert found["PrometheusRule", "mrsa"]["spec"] == yaml.safe_load(ALERTS.read_text())
     assert found["ConfigMap", "mrsa-dashboard"]["data"]["mrsa-server.json"] == DASHBOARD.read_text()
 
 
-def test_alerts_ring_when_they_should(tmp_path: Path) -> None:
-    promtool = shutil.which("promtool")
-    if promtool is None:
+def find_promtool() -> str:
+    found = shutil.which("promtool")
+    if found is None:
         if os.environ.get("MRSA_REQUIRE_PROMTOOL"):
             pytest.fail("promtool is missing: `apt-get install prometheus`")
         pytest.skip("promtool is not installed (`apt-get install prometheus`)")
+    return found
+
+
+def promtool(folder: Path, expressions: list[str]) -> None:
+    """That Prometheus reads them."""
+    rules = [{"record": f"made:{index}", "expr": expression} for index, expression in enumerate(expressions)]
+    (folder / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "made", "rules": rules}]}))
+    done = subprocess.run([find_promtool(), "check", "rules", folder / "rules.yaml"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_alerts_ring_when_they_should(tmp_path: Path) -> None:
+    program = find_promtool()
     for path in (ALERTS, ROOT / "tests/deploy/alerts_test.yaml"):
         shutil.copy(path, tmp_path)
     for words in (["check", "rules", "alerts.yaml"], ["test", "rules", "alerts_test.yaml"]):
-        done = subprocess.run([promtool, *words], cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run([program, *words], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     tested = yaml.safe_load((tmp_path / "alerts_test.yaml").read_text())["tests"]
     rung = {case["alertname"] for test in tested for case in test["alert_rule_test"] if case["exp_alerts"]}

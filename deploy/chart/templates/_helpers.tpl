@@ -55,7 +55,9 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace 
 {{/* Where the weights are, in the pod. */}}
 {{- define "mrsa.modelPath" -}}
 {{- if eq .Values.model.source "pvc" -}}
-{{- default (printf "/models/%s" (default "first" .Values.model.revision)) .Values.model.path -}}
+{{- $path := default (printf "/models/%s" (default "first" .Values.model.revision)) .Values.model.path -}}
+{{- if not (hasPrefix "/models/" $path) }}{{ fail "model.path: the claim is mounted at /models, so a folder below it" }}{{ end -}}
+{{- $path -}}
 {{- else if eq .Values.model.source "image" -}}
 /models{{ with .Values.model.path }}/{{ trimPrefix "/" . }}{{ end }}
 {{- else -}}
@@ -65,6 +67,12 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace 
 
 {{- define "mrsa.modelClaim" -}}
 {{- default (printf "%s-models" (include "mrsa.fullname" .)) .Values.model.pvc.existingClaim -}}
+{{- end -}}
+
+{{/* Whether one pod alone reads the claim of weights: then any storage will do, if the Job goes to that pod's node. */}}
+{{- define "mrsa.modelIsAlone" -}}
+{{- $one := and (eq (int .Values.server.replicas) 1) (not .Values.server.hpa.enabled) (not .Values.knative.enabled) -}}
+{{- if and (eq .Values.shape "single") $one (not (has "ReadWriteMany" .Values.model.pvc.accessModes)) }}true{{ end -}}
 {{- end -}}
 
 {{- define "mrsa.modelVolume" -}}
@@ -111,7 +119,9 @@ runAsNonRoot: true
 runAsUser: 10001
 runAsGroup: 10001
 fsGroup: 10001
+{{- if not .Values.knative.enabled }}{{/* Knative's webhook refuses it. */}}
 fsGroupChangePolicy: OnRootMismatch
+{{- end }}
 seccompProfile: {type: RuntimeDefault}
 {{- end -}}
 
@@ -200,9 +210,20 @@ authorization:
 {{- $_ := set $settings "engine" "embedded" -}}
 {{- else -}}
 {{- $_ := set $settings "engine" "vllm" -}}
-{{- $_ := set $settings "model" (include "mrsa.modelPath" .) -}}
+{{- $_ := set $settings "model" (required "model.source or model.path: which weights?" (include "mrsa.modelPath" .)) -}}
 {{- end -}}
-{{- toYaml (merge (deepCopy $server.settings) $settings) -}}
+{{- if and (eq .Values.shape "single") (ne .Values.accelerator.kind "cpu") (gt (int .Values.accelerator.count) 1) -}}
+{{- $args := default dict $server.settings.engine_args -}}
+{{- if not (contains "parallel_size" (toJson $args)) -}}
+{{- $args = set (deepCopy $args) "tensor_parallel_size" (int .Values.accelerator.count) -}}
+{{- end -}}
+{{- $_ := set $settings "engine_args" $args -}}
+{{- end -}}
+{{- /* Not by `merge`, for which false and 0 are nothing that was said. */}}
+{{- range $name, $value := $server.settings }}
+{{- if not (and (eq $name "engine_args") (hasKey $settings $name)) }}{{ $_ := set $settings $name $value }}{{ end }}
+{{- end -}}
+{{- toYaml $settings -}}
 {{- end -}}
 
 {{- define "mrsa.serverEnv" -}}
@@ -250,6 +271,9 @@ terminationGracePeriodSeconds: {{ $server.terminationGracePeriodSeconds }}
 {{- with $server.priorityClassName }}
 priorityClassName: {{ . }}
 {{- end }}
+{{- with (ternary .Values.accelerator.runtimeClassName "" $single) }}
+runtimeClassName: {{ . }}
+{{- end }}
 securityContext:
   {{- include "mrsa.podSecurity" . | nindent 2 }}
   {{- if and $single .Values.accelerator.groups }}
@@ -278,13 +302,16 @@ initContainers:
     image: {{ $image }}
     imagePullPolicy: {{ .Values.image.pullPolicy }}
     command: [mrsa, db, upgrade]
-    env: {{- include "mrsa.databaseEnv" . | nindent 6 }}
+    env:
+      {{- include "mrsa.databaseEnv" . | nindent 6 }}
+      {{- with $server.extraEnv }}{{ toYaml . | nindent 6 }}{{ end }}
     securityContext: {{- include "mrsa.containerSecurity" . | nindent 6 }}
     resources:
       requests: {cpu: 100m, memory: 128Mi}
       limits: {cpu: "1", memory: 512Mi}
     volumeMounts:
       - {name: tmp, mountPath: /tmp}
+      {{- with $server.extraVolumeMounts }}{{ toYaml . | nindent 6 }}{{ end }}
   {{- end }}
   {{- with $await }}{{ . | nindent 2 }}{{ end }}
 {{- end }}
@@ -347,6 +374,7 @@ containers:
       {{- if eq .Values.store.kind "file" }}
       - {name: state, mountPath: /var/lib/mrsa}
       {{- end }}
+      {{- with $server.extraVolumeMounts }}{{ toYaml . | nindent 6 }}{{ end }}
 volumes:
   - name: tmp
     emptyDir: {sizeLimit: 1Gi}
@@ -369,6 +397,7 @@ volumes:
     persistentVolumeClaim:
       claimName: {{ default (printf "%s-state" (include "mrsa.fullname" .)) .Values.store.file.existingClaim }}
   {{- end }}
+  {{- with $server.extraVolumes }}{{ toYaml . | nindent 2 }}{{ end }}
 {{- end -}}
 
 {{- define "mrsa.cacheVolume" -}}
