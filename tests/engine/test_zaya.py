@@ -351,13 +351,15 @@ def test_whatever_comes_when(narrow: Served, tiny: Tiny, data: st.DataObject) ->
     expect_same(tiny.reference, asks, narrow.answer(asks))
 
 
-def test_drafts_that_are_rejected_leave_nothing_behind(tiny: Tiny) -> None:
-    """They were written into the state, and are overwritten."""
-    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    with serving(tiny.folder, speculative_config=drafts, max_num_batched_tokens=128) as served:
-        asks = [Ask(prompt(length), 40, after) for length, after in ((1, 0), (31, 0), (64, 1), (129, 2))]
-        for _ in range(2):
-            expect_same(tiny.reference, asks, served.answer(asks))
+def apart(module: str, folder: Path) -> None:
+    """Pass a test that must not share a process with others."""
+    command = [sys.executable, "-m", f"tests.engine.{module}", str(folder)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_drafts_that_are_rejected_leave_nothing_behind(tmp_path: Path) -> None:
+    apart("drafts", tmp_path)
 
 
 def test_experts_without_tokens_and_the_one_that_does_nothing(tmp_path: Path) -> None:
@@ -456,9 +458,7 @@ def test_two_ranks_say_what_one_says(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton, to interpret its kernels")
 def test_the_second_model_runner_says_the_same(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.engine.second_runner", str(tmp_path)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-4000:]
+    apart("second_runner", tmp_path)
 
 
 def test_the_model_refuses_ranks_that_it_cannot_be_divided_between() -> None:
