@@ -1,7 +1,6 @@
 """ZAYA1 with drafts that are rejected: `python -m tests.engine.drafts DIR`.
 
-A process of its own: drafts import llvmlite, and vLLM 0.32 on a CPU starts no further engine in a process that has it (it
-looks through all modules, and takes what stands in llvmlite's for a dictionary).
+A process of its own: drafts import llvmlite, and vLLM 0.32 on a CPU starts no further engine in a process that has it.
 """
 
 from __future__ import annotations
