@@ -16,6 +16,7 @@ import pytest
 from harness.scripted import Script, ScriptedEngine, Speed
 from mrsa_server.runs.runner import Run
 from mrsa_server.serve import Unpipelined
+from tests.helpers.keys import client, ring
 from tests.helpers.serving import CHAT, SMALL, ask, chunks, in_memory, on_port
 
 
@@ -211,3 +212,51 @@ async def test_a_connection_that_is_reused_slowly_is_not_cut_off() -> None:
                 await asyncio.sleep(0.4)
             sockets = [connection for connection in http._transport._pool.connections]  # type: ignore[attr-defined]
             assert len(sockets) == 1
+
+
+def keyless(head: str = "") -> bytes:
+    """A request with a body in chunks, up to what may stand behind it."""
+    return f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n{head}".encode()
+
+
+async def test_a_key_behind_a_body_is_no_key() -> None:
+    alice, body = client("alice"), orjson.dumps(ask(mrsa=SMALL))
+    chunked = keyless("transfer-encoding: chunked\r\nconnection: close\r\n") + b"\r\n%x\r\n%s\r\n0\r\n" % (
+        len(body),
+        body,
+    )
+    async with on_port(keys=ring(alice)) as (url, _):
+        reader, writer = await connect(url)
+        writer.write(chunked + f"authorization: Bearer {alice.secret}\r\n\r\n".encode())
+        async with asyncio.timeout(5):
+            assert (await reader.read()).startswith(b"HTTP/1.1 401 ")
+        writer.close()
+
+
+@pytest.mark.parametrize("piece", [b"a: b\r\n" * 1_000, b"x" * 6_000], ids=["many", "long"])
+@pytest.mark.parametrize("keys", [True, False], ids=["refused", "read"])
+async def test_what_follows_a_body_without_end_is_cut_off(piece: bytes, keys: bool) -> None:
+    settings = {"keys": ring(client("alice"))} if keys else {}
+    async with on_port(**settings) as (url, _):
+        _, writer = await connect(url)
+        writer.write(keyless("transfer-encoding: chunked\r\n") + b"\r\n2\r\n{}\r\n0\r\na: ")
+        sent = 0
+        with pytest.raises(ConnectionError):  # noqa: PT012  whichever of the sends finds it closed
+            while sent < 20_000_000:
+                writer.write(piece)
+                await writer.drain()
+                await asyncio.sleep(0)
+                sent += len(piece)
+        assert sent < 2_000_000
+        writer.close()
+
+
+async def test_an_empty_line_keeps_no_connection() -> None:
+    async with on_port(header_timeout_s=0.3) as (url, _):
+        reader, writer = await connect(url)
+        writer.write(b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n")
+        await reader.readuntil(b"}")
+        writer.write(b"\r\n")
+        async with asyncio.timeout(3):
+            assert await reader.read() == b""
+        writer.close()
