@@ -63,7 +63,7 @@ from mrsa_server.runs.host import EngineHost
 from mrsa_server.runs.journal import Book, Journal
 from mrsa_server.runs.record import NewRun
 from mrsa_server.runs.store_errors import Fenced, KeyTaken, StoreUnavailable
-from mrsa_server.runs.tenants import Tenants, Ticket, spent_tokens
+from mrsa_server.runs.tenants import Tenants, Ticket
 
 if TYPE_CHECKING:  # a server without a store loads no database
     from mrsa_server.runs.store import Claim, StoredRun
@@ -711,6 +711,7 @@ class Runner:
             batch=run.batch,
             cache_salt=self.tenants.salt(run.ticket.key_id),
         )
+        run.ticket.share = engine.share
         lost_tokens: int | None = None
         deaths, ended = 0, 0
         while True:
@@ -800,7 +801,7 @@ class Runner:
         state, key_id = run.state, run.ticket.key_id
         code = run.error.code if run.error else None
         if key_id is not None:
-            self._metrics.count_key_run(key_id, status, 0 if state is None else spent_tokens(state))
+            self._metrics.count_key_run(key_id, status, run.ticket.spent(state))
         if state is None:
             if code == "context_length_exceeded":
                 self._metrics.count_rejection("prompt_tokens")

@@ -20,6 +20,7 @@ from harness.types import Params
 from mrsa_server.api.errors import OverBudget, RateLimited
 from mrsa_server.keyring import KeyRing
 from mrsa_server.metrics import Metrics
+from mrsa_server.runs.admission import Share
 
 _BUSY_S = 5.0  # until another run of a key may have ended: nobody knows
 
@@ -34,6 +35,8 @@ class Ticket:
         tokens: Taken of the key's minute.
         committed: Taken of what all runs may cost together.
         begun: Whether it was let in for good.
+        before: Tokens that it had cost when it was taken up here.
+        share: Of the engine; it counts what its generations have cost since.
     """
 
     key_id: str | None
@@ -41,6 +44,19 @@ class Ticket:
     tokens: int = 0
     committed: int = 0
     begun: bool = False
+    before: int = 0
+    share: Share | None = None
+
+    def spent(self, state: State | None) -> int:
+        """What the run has cost so far.
+
+        One that was ended from outside has cost what was in flight too, which its state does not know of: else whoever
+        leaves before the last word would have all others for nothing.
+        """
+        counted = 0 if state is None else spent_tokens(state)
+        if state is not None and state.outcome is not None:
+            return counted
+        return max(counted, self.before + round(self.share.spent_tokens if self.share is not None else 0))
 
 
 class _Bucket:
@@ -137,7 +153,7 @@ class Tenants:
 
     def resume(self, ticket: Ticket, state: State) -> None:
         """What a run that was adopted has used before is not asked for again; a line of a batch pays for the rest."""
-        ticket.tokens = spent_tokens(state)
+        ticket.tokens = ticket.before = spent_tokens(state)
         if not ticket.batch:
             self._commit(ticket, state.params, 0)
         elif (per_minute := self._ring.limits(ticket.key_id).tokens_per_minute) is not None:
@@ -210,7 +226,7 @@ class Tenants:
         if ticket.begun and limits.tokens_per_minute is not None:
             bucket = tenant.tokens_of(ticket)
             bucket.left(limits.tokens_per_minute, self._clock())
-            bucket.take((0 if state is None else spent_tokens(state)) - ticket.tokens)
+            bucket.take(ticket.spent(state) - ticket.tokens)
 
     def headers(self, key_id: str | None) -> dict[str, str]:
         """How a key stands, in OpenAI's words; nothing of what has no limit."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from harness.engine import Delta
 from harness.markovian_rsa import State, init
 from harness.prompts import load_templates
-from harness.scripted import ScriptedEngine, Speed, run_virtual
+from harness.scripted import Script, ScriptedEngine, Speed, run_virtual
 from harness.types import Params, RolloutRequest
 from mrsa_server.api.errors import OverBudget, RateLimited
 from mrsa_server.keyring import KeyRing, Scope, read_keys
@@ -24,7 +25,7 @@ from mrsa_server.metrics import Metrics
 from mrsa_server.runs.tenants import Tenants, worst_tokens
 from tests.helpers.keys import Client, client, ring
 from tests.helpers.runs import PROBLEM, TextJudge, World, go, params_of_runs
-from tests.helpers.serving import CHAT, SMALL, ask, in_memory
+from tests.helpers.serving import CHAT, SMALL, ask, in_memory, on_port
 
 TEMPLATES = load_templates()
 PLAIN = Params(population=1, rounds=0, final_tokens=100)
@@ -272,6 +273,31 @@ async def test_tokens_that_are_not_there_refuse_a_run_before_its_first_rollout(s
         assert refused.headers["x-ratelimit-limit-tokens"] == "100000"
         assert engine.total_requests == asked
         first.cancel()
+
+
+@pytest.mark.parametrize("fields", [{"model": "scripted"}, {"mrsa": SMALL}], ids=["chat", "mrsa"])
+async def test_who_leaves_before_the_last_word_pays_for_all_that_was_written(fields: dict[str, Any]) -> None:
+    a, text = client("a", tokens_per_minute=6_000), " ".join(f"w{number}" for number in range(3_000))
+    engine = ScriptedEngine(lambda _: Script("hm", text), chunk_tokens=100, speed=Speed(step_s=0.0001))
+    body = ask(**{"stream": True, "max_tokens": 100_000, **fields})
+    async with on_port(engine, keys=ring(a)) as (url, app):
+        said, tenants = 0, app.state.runner.tenants
+        async with (
+            httpx.AsyncClient(base_url=url) as http,
+            http.stream("POST", CHAT, json=body, headers=a.headers) as got,
+        ):
+            async for line in got.aiter_lines():
+                said += len(re.findall(r"\bw\d", line))
+                if said > 2_000:
+                    break
+        async with asyncio.timeout(5):
+            while tenants.committed:  # noqa: ASYNC110  what is waited for has no event to set
+                await asyncio.sleep(0.01)
+        left = int(tenants.headers("a")["x-ratelimit-remaining-tokens"])
+        counted = re.search(r'mrsa_key_tokens_total\{key="a"\} (\S+)', app.state.metrics.text().decode())
+    assert left < 6_000 - said + 500, "a few come back meanwhile"
+    assert counted is not None
+    assert float(counted[1]) > said
 
 
 async def test_runs_at_once_of_a_key_are_bounded_and_others_go_on() -> None:
