@@ -185,6 +185,8 @@ class Unpipelined(HttpToolsProtocol):
         """A client is there."""
         most, self.limit_concurrency = self.limit_concurrency, None
         super().connection_made(transport)
+        # Else what is little is not known to be unread, and a connection that is to be closed waits for it without end.
+        transport.set_write_buffer_limits(high=0)
         self._expect(self.head_s)
         if most is not None and len(self.connections) > most:
             self.app = RequestScope(Turnstile(self.config.app, most))

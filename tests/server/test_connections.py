@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import socket
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable
@@ -202,6 +203,32 @@ async def test_a_client_that_reads_nothing_is_cut_off_and_its_run_ends(monkeypat
         assert engine.open_requests == 0
         assert (await asyncio.to_thread(httpx.get, url + "/health/live")).status_code == 200
         writer.close()
+
+
+async def test_a_client_that_leaves_little_unread_is_cut_off_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Unpipelined, "unread_s", 0.5)
+    made: list[Unpipelined] = []
+    connection_made = Unpipelined.connection_made
+
+    def noted(protocol: Unpipelined, transport: asyncio.Transport) -> None:
+        made.append(protocol)
+        connection_made(protocol, transport)
+
+    monkeypatch.setattr(Unpipelined, "connection_made", noted)
+    async with on_port() as (url, _):
+        with socket.socket() as found:
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            found.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(found, ("127.0.0.1", int(url.rpartition(":")[2])))
+            await until(lambda: made)
+            transport, answered = made[0].transport, 0
+            while not transport.get_write_buffer_size():  # until an answer does not fit into what the system holds
+                await loop.sock_sendall(found, b"GET /%s HTTP/1.1\r\nhost: x\r\n\r\n" % (b"x" * 20_000))
+                answered += 1
+                await until(lambda count=answered: made[0].server_state.total_requests == count)  # type: ignore[misc]
+            transport.close()  # as uvicorn does with one that is at rest
+            await until(lambda: not made[0].server_state.connections, 3)
 
 
 async def test_a_connection_that_is_reused_slowly_is_not_cut_off() -> None:
