@@ -477,7 +477,9 @@ class Runner:
             try:
                 # An engine that is asleep has to be woken for them too.
                 self._metrics.left_behind.set(0 if self.host.up else await journal.store.count_lost())
-                claims = await journal.claim_lost(max(0, room), served, max(0, of_batches), self.tenants.spent())
+                claims = await journal.claim_lost(
+                    max(0, room), served, max(0, of_batches), self.tenants.spent(), self.tenants.keys
+                )
                 for claim in claims:
                     await self._take_up(journal, claim, templates, revive)
             except StoreUnavailable as error:

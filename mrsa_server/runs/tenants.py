@@ -5,7 +5,8 @@ gives back at its end what it did not use. One that may cost more than a minute'
 full, and what it owes is paid off before the next: so no run is too large for a key, and the mean holds.
 
 Lines of batches yield to all others and have places of their own. They have a bucket of tokens of their own too, as
-large as the other: while it is empty no further line of the key begins.
+large as the other: while it is empty no further line of the key begins. Nor does one of a key that was taken away,
+before its batch is over; what was in flight ends by itself.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Ticket:
         committed: Taken of what all runs may cost together.
         begun: Whether it was let in for good.
         before: Tokens that it had cost when it was taken up here.
+        priced: Whether it is known what it may cost.
         share: Of the engine; it counts what its generations have cost since.
     """
 
@@ -45,6 +47,7 @@ class Ticket:
     committed: int = 0
     begun: bool = False
     before: int = 0
+    priced: bool = False
     share: Share | None = None
 
     def spent(self, state: State | None) -> int:
@@ -87,6 +90,7 @@ class _Tenant:
 
     def __init__(self, now: float) -> None:
         self.running = 0
+        self.unpriced = 0  # lines of batches that were taken up, and nobody knows yet what for
         self.runs = _Bucket(now)
         self.tokens = _Bucket(now)
         self.batch_tokens = _Bucket(now)
@@ -146,13 +150,16 @@ class Tenants:
 
     def adopt(self, key_id: str | None, *, batch: bool) -> Ticket:
         """Count a run that goes on from its log: it was let in before, and is never refused."""
-        ticket = Ticket(key_id, batch=batch, begun=True)
-        if not batch:
-            self._tenant(key_id).running += 1
-        return ticket
+        tenant = self._tenant(key_id)
+        if batch:
+            tenant.unpriced += 1
+        else:
+            tenant.running += 1
+        return Ticket(key_id, batch=batch, begun=True)
 
     def resume(self, ticket: Ticket, state: State) -> None:
         """What a run that was adopted has used before is not asked for again; a line of a batch pays for the rest."""
+        self._price(ticket)
         ticket.tokens = ticket.before = spent_tokens(state)
         if not ticket.batch:
             self._commit(ticket, state.params, 0)
@@ -162,15 +169,20 @@ class Tenants:
             bucket.take(max(0, need - ticket.tokens))
             ticket.tokens = max(need, ticket.tokens)
 
+    @property
+    def keys(self) -> tuple[str, ...] | None:
+        """Those whose lines of batches may begin; None for all. One that was taken away would have no limits."""
+        return None if self._ring.open else self._ring.ids
+
     def spent(self) -> list[str]:
         """Keys of which no line of a batch is to begin now."""
-        now = self._clock()
-        return [
-            key_id
-            for key_id in self._ring.ids
-            if (per_minute := self._ring.limits(key_id).tokens_per_minute) is not None
-            and self._tenant(key_id).batch_tokens.left(per_minute, now) <= 0
-        ]
+        now, found = self._clock(), []
+        for key_id in self._ring.ids:
+            if (per_minute := self._ring.limits(key_id).tokens_per_minute) is not None:
+                tenant = self._tenant(key_id)
+                if tenant.unpriced or tenant.batch_tokens.left(per_minute, now) <= 0:
+                    found.append(key_id)
+        return found
 
     def admit(self, ticket: Ticket, params: Params, prompt_tokens: int, *, promised: bool = False) -> None:
         """Let a run begin for what it may cost at most.
@@ -221,6 +233,7 @@ class Tenants:
         """A run has ended: what it did not use of its tokens is given back."""
         limits, tenant = self._ring.limits(ticket.key_id), self._tenant(ticket.key_id)
         tenant.running -= not ticket.batch
+        self._price(ticket)
         self.committed -= ticket.committed
         ticket.committed = 0
         if ticket.begun and limits.tokens_per_minute is not None:
@@ -245,6 +258,11 @@ class Tenants:
             found["x-ratelimit-limit-concurrent"] = str(limits.concurrent_runs)
             found["x-ratelimit-remaining-concurrent"] = str(max(0, limits.concurrent_runs - tenant.running))
         return found
+
+    def _price(self, ticket: Ticket) -> None:
+        if ticket.batch and not ticket.priced:
+            ticket.priced = True
+            self._tenant(ticket.key_id).unpriced -= 1
 
     def _commit(self, ticket: Ticket, params: Params, prompt_tokens: int) -> None:
         ticket.committed = worst_tokens(params, prompt_tokens)

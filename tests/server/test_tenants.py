@@ -160,6 +160,21 @@ def test_lines_of_batches_have_as_many_tokens_for_themselves_and_wait_for_more()
     assert found.spent() == []
 
 
+def test_no_line_of_a_batch_begins_before_it_is_known_what_the_last_ones_may_cost() -> None:
+    found, _ = tenants(client("a", tokens_per_minute=600), client("b"))
+    state = init("run", PROBLEM, PLAIN, TEMPLATES)  # 100 tokens at most
+    for leave in (False, True):
+        lines = [found.adopt("a", batch=True) for _ in range(2)]
+        found.adopt("b", batch=True)
+        for line in lines:
+            assert found.spent() == ["a"]
+            if leave:
+                found.leave(line, None)
+            else:
+                found.resume(line, state)
+        assert found.spent() == []
+
+
 async def test_a_batch_of_a_key_that_is_spent_waits_and_those_of_others_do_not(tmp_path: Path) -> None:
     poor, rich = client("poor", tokens_per_minute=1), client("rich")
     async with in_memory(keys=ring(poor, rich), state_dir=tmp_path) as http:
@@ -188,6 +203,29 @@ async def test_a_batch_of_a_key_that_is_spent_waits_and_those_of_others_do_not(t
         assert (await look(first, poor))["request_counts"]["completed"] == taken_at_once
         await http.post(f"/v1/batches/{first}/cancel", headers=poor.headers)
         await until(first, poor, lambda found: found["status"] == "cancelled")
+
+
+async def test_lines_of_a_key_that_was_taken_away_begin_no_more_and_can_be_cancelled(tmp_path: Path) -> None:
+    gone, root = client("gone", tokens_per_minute=1), client("root", Scope.ADMIN)
+    lines = [{"custom_id": str(n), "method": "POST", "url": CHAT, "body": ask(mrsa=SMALL)} for n in range(70)]
+    form = {"files": {"file": ("b.jsonl", "\n".join(map(json.dumps, lines)))}, "data": {"purpose": "batch"}}
+
+    async def until(http: httpx.AsyncClient, path: str, reached: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        async with asyncio.timeout(20):
+            while not reached(found := (await http.get(path, headers=root.headers)).json()):  # noqa: ASYNC110 (nobody tells)
+                await asyncio.sleep(0.05)
+        return dict(found)
+
+    async with in_memory(keys=ring(gone, root), state_dir=tmp_path) as http:
+        file = (await http.post("/v1/files", headers=gone.headers, **form)).json()["id"]  # type: ignore[arg-type]
+        body = {"input_file_id": file, "endpoint": CHAT, "completion_window": "24h"}
+        batch = f"/v1/batches/{(await http.post('/v1/batches', json=body, headers=gone.headers)).json()['id']}"
+        await until(http, batch, lambda found: found["request_counts"]["completed"] == 64)  # taken at once
+    async with in_memory(keys=ring(root), state_dir=tmp_path) as http:
+        await asyncio.sleep(2.5)  # two looks
+        assert (await until(http, batch, lambda _: True))["request_counts"]["completed"] == 64
+        await http.post(f"{batch}/cancel", headers=root.headers)
+        await until(http, batch, lambda found: found["status"] == "cancelled")
 
 
 @given(params=params_of_runs, key=st.integers(0, 10**6))
