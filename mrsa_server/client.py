@@ -18,8 +18,14 @@ def base_url(given: str | None) -> str:
 
 
 def connect(url: str, timeout: httpx.Timeout) -> httpx.Client:
-    """A client of the server at an address, with the key of the environment where there is one."""
-    key = os.environ.get(KEY_VARIABLE)
+    """A client of the server at an address, with the key of the environment where there is one.
+
+    Raises:
+        SystemExit: It can be no key; what would break over it later shows it.
+    """
+    key = os.environ.get(KEY_VARIABLE, "").strip()  # a file that it was read from may end with a newline
+    if not (key.isascii() and key.isprintable()):
+        raise SystemExit(f"mrsa: {KEY_VARIABLE} is no key: it must be of printable ASCII characters")
     return httpx.Client(base_url=url, timeout=timeout, headers={"authorization": f"Bearer {key}"} if key else None)
 
 
