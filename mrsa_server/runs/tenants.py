@@ -236,9 +236,12 @@ class Tenants:
         self._price(ticket)
         self.committed -= ticket.committed
         ticket.committed = 0
-        if ticket.begun and limits.tokens_per_minute is not None:
+        per_minute = limits.tokens_per_minute
+        # A key whose line was away when its run ended, as while a file is changed, has its tokens back with it.
+        if ticket.begun and (per_minute is not None or ticket.tokens):
             bucket = tenant.tokens_of(ticket)
-            bucket.left(limits.tokens_per_minute, self._clock())
+            if per_minute is not None:
+                bucket.left(per_minute, self._clock())
             bucket.take(ticket.spent(state) - ticket.tokens)
 
     def headers(self, key_id: str | None) -> dict[str, str]:

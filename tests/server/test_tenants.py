@@ -19,6 +19,7 @@ from harness.markovian_rsa import State, init
 from harness.prompts import load_templates
 from harness.scripted import Script, ScriptedEngine, Speed, run_virtual
 from harness.types import Params, RolloutRequest
+from mrsa_server import keyring
 from mrsa_server.api.errors import OverBudget, RateLimited
 from mrsa_server.keyring import KeyRing, Scope, read_keys
 from mrsa_server.metrics import Metrics
@@ -94,6 +95,27 @@ def test_a_run_is_let_in_for_what_it_may_cost_and_gives_back_what_it_did_not_use
     assert dict(error.value.headers)["retry-after"] == "1"
     clock.now += 1.1
     found.admit(found.enter("a"), PLAIN, 0)
+
+
+async def test_a_run_that_ends_while_its_key_is_away_gives_its_tokens_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keyring, "_LOOK_S", 0.01)
+    file, a, b = tmp_path / "keys", client("a", tokens_per_minute=1_000), client("b")
+    file.write_text(f"{a.line}\n{b.line}\n")
+    ring, clock = KeyRing(file), Clock()
+    found, keeping = Tenants(ring, Metrics(), None, clock), asyncio.create_task(ring.keep())
+    ticket = found.enter("a")
+    found.admit(ticket, Params(population=1, rounds=0, final_tokens=90_000), 0)
+    for text, ids in ((f"{b.line}\n", ("b",)), (f"{a.line}\n{b.line}\n", ("a", "b"))):
+        file.write_text(text)
+        async with asyncio.timeout(5):
+            while ring.ids != ids:  # noqa: ASYNC110 (nobody tells)
+                await asyncio.sleep(0.01)
+        if ids == ("b",):
+            found.leave(ticket, init("run", PROBLEM, PLAIN, TEMPLATES))
+    keeping.cancel()
+    assert found.headers("a")["x-ratelimit-remaining-tokens"] == "1000"
 
 
 def test_a_run_that_is_refused_for_its_tokens_is_none_of_the_minute_s_runs() -> None:
