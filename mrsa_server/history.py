@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mrsa_server.client import base_url, connect, lines, message_of
+from mrsa_server.client import base_url, connect, lines, message_of, visible
 
 _TRIES = 30  # to come back to a stream that was cut
 _PAUSE_S = 1.0
@@ -119,7 +119,7 @@ def _list(client: httpx.Client, arguments: argparse.Namespace) -> int:
     table.add_column("seconds", justify="right")
     for one in found:
         created = datetime.fromtimestamp(one["created_at"]).strftime("%Y-%m-%d %H:%M:%S")
-        told = [Text(str(one[name] or "")) for name in ("id", "status", "model", "effort")]
+        told = [Text(visible(str(one[name] or ""))) for name in ("id", "status", "model", "effort")]
         table.add_row(*told, created, f"{one['seconds']:,.1f}")
     width = None if sys.stdout.isatty() else _WIDE
     Console(soft_wrap=True, width=width).print(table if found else "No runs.")
@@ -134,7 +134,7 @@ def _show(client: httpx.Client, arguments: argparse.Namespace) -> int:
     console = Console(soft_wrap=True, highlight=False)
     console.print(Text(f"{one['id']}: {one['status']}, {one['model']}, {one['seconds']:,.1f} s", style="bold"))
     if one["error"] is not None:
-        console.print(Text(one["error"]["message"], style="red"))
+        console.print(Text(visible(one["error"]["message"]), style="red"))
     if "rounds" in one:
         table = Table(box=None, padding=(0, 2), header_style="dim")
         for name in ("round", "rollouts", "tokens", "answers"):
@@ -145,7 +145,7 @@ def _show(client: httpx.Client, arguments: argparse.Namespace) -> int:
                 str(row["round"]),
                 "".join(_MARKS[rollout["status"]] for rollout in row["rollouts"]),
                 f"{row['usage']['completion_tokens']:,}",
-                Text(" | ".join(" ".join(answer.split())[:_ANSWER] for answer in list(answers)[:3])),
+                Text(visible(" | ".join(" ".join(answer.split())[:_ANSWER] for answer in list(answers)[:3]))),
             )
         console.print(table)
         usage = one["usage"]
@@ -155,7 +155,7 @@ def _show(client: httpx.Client, arguments: argparse.Namespace) -> int:
         )
     for answer in one.get("answers", ())[:1]:
         console.print()
-        console.print(Text(answer["content"]))
+        console.print(Text(visible(answer["content"])))
     return 0
 
 
@@ -163,11 +163,11 @@ def _watch(client: httpx.Client, arguments: argparse.Namespace) -> int:
     last = ""
     for event in _events(client, arguments.run_id):
         last = event["kind"]
-        print(_line(event), flush=True)
+        print(visible(_line(event)), flush=True)
     if last != "run_finished":
         one = _get(client, f"/v1/runs/{arguments.run_id}").json()
         if one["error"] is not None:
-            print(f"mrsa runs: {one['error']['message']}", file=sys.stderr)
+            print(f"mrsa runs: {visible(one['error']['message'])}", file=sys.stderr)
         return 0 if one["status"] in ("finished", "stopped") else 1
     return 0
 
