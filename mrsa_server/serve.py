@@ -225,7 +225,11 @@ class Unpipelined(HttpToolsProtocol):
             self.transport.close()
 
     def _refuse(self, error: ApiError) -> None:
-        """Answer to what is no request yet, and close."""
+        """Answer to what is no request yet, and close; within an answer to another, or after it, nothing is said."""
+        cycle = self.cycle
+        if cycle is not None and cycle.response_started and (self._arriving or not cycle.response_complete):
+            self.transport.close()
+            return
         body = orjson.dumps(error.body())
         status = f"{error.status} {HTTPStatus(error.status).phrase}"
         head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
@@ -285,17 +289,8 @@ class Unpipelined(HttpToolsProtocol):
             self._expect(self.head_s)  # uvicorn takes even an empty line for a request, and waits no less for the rest
         super().data_received(data)
         if self._head_bytes > _MOST_HEAD_BYTES and not self.transport.is_closing():
-            self._leave_long()
-
-    def _leave_long(self) -> None:
-        cycle = self.cycle
-        if cycle is not None and cycle.response_started and (self._arriving or not cycle.response_complete):
-            self.transport.close()  # the client has its answer, or a part of it
-            return
-        message = (
-            f"The headers, and what stands between the pieces of a body, must be at most {_MOST_HEAD_BYTES} bytes."
-        )
-        self._refuse(ApiError(431, "headers_too_large", message))
+            message = f"Headers, and what stands between pieces of a body, must be at most {_MOST_HEAD_BYTES} bytes."
+            self._refuse(ApiError(431, "headers_too_large", message))
 
 
 def settle_heap() -> None:

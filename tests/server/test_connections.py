@@ -81,6 +81,21 @@ async def test_the_first_of_two_requests_sent_at_once_is_answered_and_the_connec
         writer.close()
 
 
+async def test_half_a_request_behind_another_puts_nothing_into_the_answer() -> None:
+    engine = ScriptedEngine(lambda _: Script("hm", " ".join(map(str, range(3_000)))), speed=Speed(step_s=0.01))
+    async with on_port(engine, header_timeout_s=0.2) as (url, _):
+        reader, writer = await connect(url)
+        writer.write(post(orjson.dumps(ask("scripted", stream=True, max_tokens=10_000))))
+        await reader.readuntil(b"data: ")
+        writer.write(b"GET /v1/mod")
+        async with asyncio.timeout(5):
+            rest = await reader.read()
+        assert b"408" not in rest
+        assert b"HTTP/1.1" not in rest
+        assert b"[DONE]" not in rest
+        writer.close()
+
+
 async def test_one_client_that_leaves_takes_no_other_run_with_it() -> None:
     engine = ScriptedEngine(speed=Speed(step_s=0.001))
     async with on_port(engine) as (url, _), httpx.AsyncClient(base_url=url) as client:
