@@ -27,7 +27,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from mrsa_server.client import base_url, connect, lines, message_of
+from mrsa_server.client import base_url, connect, lines, message_of, visible
 from mrsa_server.settings import Effort
 
 _START_S = 600.0  # a first start converts the model
@@ -213,9 +213,9 @@ def _ask(url: str, question: str, effort: str | None, arguments: argparse.Namesp
             for chunk in _chunks(client, body):
                 line = board.take(chunk)
                 if line is not None and not console.is_terminal:
-                    console.print(line, highlight=False, markup=False, soft_wrap=True)
+                    console.print(visible(line), highlight=False, markup=False, soft_wrap=True)
             board.done = True
-    print(board.answer)
+    print(visible(board.answer) if sys.stdout.isatty() else board.answer)
     console.print(board.cost(), highlight=False, soft_wrap=True)
 
 
@@ -340,13 +340,13 @@ class Board:
                 Text("".join(row.marks)) + Text(open_marks, style="dim"),
                 f"{row.tokens:,}",
                 "" if row.seconds is None else f"{row.seconds:.1f}",
-                escape(", ".join(answer[:24] for answer in seen)),
+                escape(visible(", ".join(answer[:24] for answer in seen))),
             )
         parts: list[Any] = [Text(self._headline() if self._params else "Asking…", style="bold"), table]
         if not self.done:
             parts.append(Spinner("dots", f"{time.monotonic() - self._start:.0f} s"))
             if self.answer:
-                parts.append(Text(self.answer[-600:], style="cyan"))
+                parts.append(Text(visible(self.answer[-600:]), style="cyan"))
         return Group(*parts)
 
     def cost(self) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 
 import httpx
 
 KEY_VARIABLE = "MRSA_API_KEY"  # a secret: it has no flag
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 USUAL_URL = "http://127.0.0.1:8000"
 
 
@@ -18,17 +20,28 @@ def base_url(given: str | None) -> str:
 
 
 def connect(url: str, timeout: httpx.Timeout) -> httpx.Client:
-    """A client of the server at an address, with the key of the environment where there is one."""
-    key = os.environ.get(KEY_VARIABLE)
+    """A client of the server at an address, with the key of the environment where there is one.
+
+    Raises:
+        SystemExit: It can be no key; what would break over it later shows it.
+    """
+    key = os.environ.get(KEY_VARIABLE, "").strip()  # a file that it was read from may end with a newline
+    if not (key.isascii() and key.isprintable()):
+        raise SystemExit(f"mrsa: {KEY_VARIABLE} is no key: it must be of printable ASCII characters")
     return httpx.Client(base_url=url, timeout=timeout, headers={"authorization": f"Bearer {key}"} if key else None)
+
+
+def visible(text: str) -> str:
+    """A text as a terminal may show it, which does what it reads: of control characters lines and tabs alone stay."""
+    return _CONTROL.sub("\ufffd", text)
 
 
 def message_of(response: httpx.Response) -> str:
     """What a refusal says. The response must have been read."""
     try:
-        return str(response.json()["error"]["message"])
+        return visible(str(response.json()["error"]["message"]))
     except (ValueError, KeyError, TypeError):
-        return f"HTTP {response.status_code}: {response.text[:300]}"
+        return f"HTTP {response.status_code}: {visible(response.text[:300])}"
 
 
 def lines(response: httpx.Response) -> Iterator[bytes]:

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mrsa_server.client import base_url, connect, lines, message_of
+from mrsa_server.client import base_url, connect, lines, message_of, visible
 
 _TRIES = 30  # to come back to a stream that was cut
 _PAUSE_S = 1.0
@@ -131,7 +131,8 @@ def _list(client: httpx.Client, arguments: argparse.Namespace) -> int:
     table.add_column("seconds", justify="right")
     for one in found:
         created = datetime.fromtimestamp(one["created_at"]).strftime("%Y-%m-%d %H:%M:%S")
-        table.add_row(*(Text(str(one[name] or "")) for name in names), created, f"{one['seconds']:,.1f}")
+        told = [Text(visible(str(one[name] or ""))) for name in names]
+        table.add_row(*told, created, f"{one['seconds']:,.1f}")
     console.print(table if found else "No runs.")
     return 0
 
@@ -149,7 +150,7 @@ def _show(client: httpx.Client, arguments: argparse.Namespace) -> int:
     console = _console()
     console.print(Text(f"{one['id']}: {one['status']}, {one['model']}, {one['seconds']:,.1f} s", style="bold"))
     if one["error"] is not None:
-        console.print(Text(one["error"]["message"], style="red"))
+        console.print(Text(visible(one["error"]["message"]), style="red"))
     if "rounds" in one:
         console.print(_rounds(one["rounds"], console.width))
         usage = one["usage"]
@@ -159,7 +160,7 @@ def _show(client: httpx.Client, arguments: argparse.Namespace) -> int:
         )
     for answer in one.get("answers", ())[:1]:
         console.print()
-        console.print(Text(answer["content"]))
+        console.print(Text(visible(answer["content"])))
     return 0
 
 
@@ -175,7 +176,7 @@ def _rounds(rounds: Sequence[dict[str, Any]], width: int) -> Table:
     table.add_column("answers", no_wrap=True, overflow="ellipsis", max_width=max(_LEAST_ANSWER, left))
     for row, marked, told in zip(rounds, marks, tokens, strict=True):
         answers = dict.fromkeys(rollout["answer"] for rollout in row["rollouts"] if rollout.get("answer"))
-        short = Text(" | ".join(" ".join(answer.split())[:_ANSWER] for answer in list(answers)[:3]))
+        short = Text(visible(" | ".join(" ".join(answer.split())[:_ANSWER] for answer in list(answers)[:3])))
         table.add_row(str(row["round"]), marked, told, short)
     return table
 
@@ -184,11 +185,11 @@ def _watch(client: httpx.Client, arguments: argparse.Namespace) -> int:
     last = ""
     for event in _events(client, arguments.run_id):
         last = event["kind"]
-        print(_line(event), flush=True)
+        print(visible(_line(event)), flush=True)
     if last != "run_finished":
         one = _get(client, f"/v1/runs/{arguments.run_id}").json()
         if one["error"] is not None:
-            print(f"mrsa runs: {one['error']['message']}", file=sys.stderr)
+            print(f"mrsa runs: {visible(one['error']['message'])}", file=sys.stderr)
         return 0 if one["status"] in ("finished", "stopped") else 1
     return 0
 

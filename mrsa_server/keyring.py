@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import os
 import re
 import secrets
+import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
@@ -114,18 +116,23 @@ def maker(key_id: str | None) -> Caller:
 ANYBODY = Caller(None, frozenset((Scope.ADMIN,)))  # on a server without keys
 
 
-def read_keys(text: str) -> tuple[ApiKey, ...]:
+def read_keys(text: str, beside: Iterable[ApiKey] = ()) -> tuple[ApiKey, ...]:
     """Keys, a line each; blank lines and those that begin with `#` are left out.
+
+    Args:
+        text: The lines.
+        beside: Keys from elsewhere, that these must not contradict.
 
     Raises:
         BadKeys: A line is none, or two contradict each other.
     """
     found: list[ApiKey] = []
+    known = _Known(beside)
     for number, line in enumerate(text.splitlines(), 1):
         if (line := line.strip()) and not line.startswith("#"):
             try:
                 key = _read_line(line)
-                _check_beside(key, found)
+                known.add(key)
             except ValueError as error:
                 raise BadKeys(f"line {number}: {error}") from None
             found.append(key)
@@ -158,12 +165,25 @@ def _read_limits(text: str) -> Limits:
     return Limits(**found)
 
 
-def _check_beside(key: ApiKey, others: Iterable[ApiKey]) -> None:
-    for other in others:
-        if other.digest == key.digest:
+class _Known:
+    """Keys that go together. There may be ten thousand, so that none is compared with each other one."""
+
+    def __init__(self, keys: Iterable[ApiKey]) -> None:
+        self._by_digest = {key.digest: key for key in keys}
+        self._by_id = {key.id: key for key in self._by_digest.values()}
+
+    def add(self, key: ApiKey) -> None:
+        """Take another one.
+
+        Raises:
+            ValueError: It contradicts one that is there.
+        """
+        if (other := self._by_digest.get(key.digest)) is not None:
             raise ValueError(f"the secret is that of another key, {other.id}")
-        if other.id == key.id and (other.scopes, other.limits) != (key.scopes, key.limits):
+        other = self._by_id.get(key.id)
+        if other is not None and (other.scopes, other.limits) != (key.scopes, key.limits):
             raise ValueError(f"keys of one id, {key.id}, must have the same scopes and limits")
+        self._by_digest[key.digest] = self._by_id[key.id] = key
 
 
 def new_key(name: str, scopes: Iterable[Scope], limits: Limits) -> tuple[ApiKey, str]:
@@ -191,7 +211,7 @@ class KeyRing:
         self._file = file
         self._given = tuple(given)
         self._text = None if file is None else _read_file(file)
-        self._keys = self._all(self._text)
+        self._take(self._all(self._text))
         if self._text is not None and not self._keys:
             raise BadKeys(f"{file}: there is no key in it")
 
@@ -235,7 +255,8 @@ class KeyRing:
 
     def limits(self, key_id: str | None) -> Limits:
         """What a key may use; a key that is gone has no limits, and nobody who asks with it."""
-        return next((key.limits for key in self._keys if key.id == key_id), Limits())
+        found = self._by_id.get(key_id)
+        return Limits() if found is None else found[0].limits
 
     def salt(self, key_id: str | None) -> str | None:
         """What keeps the caches of a key's prompts apart from those of others; None where there are no keys.
@@ -244,7 +265,7 @@ class KeyRing:
         """
         if self.open:
             return None
-        digests = [key.digest for key in self._keys if key.id == key_id]
+        digests = [key.digest for key in self._by_id.get(key_id, ())]
         # A key that is gone has no digest: what its runs still ask shares its cache with nobody but them.
         return hmac.digest(min(digests, default=_GONE), f"cache:{key_id}".encode(), "sha256").hex()
 
@@ -262,7 +283,10 @@ class KeyRing:
                 text = await asyncio.to_thread(_read_file, self._file)
                 last, seen = seen, text
                 if text == last and text != self._text:
-                    before, self._keys, self._text = self.ids, self._all(text), text
+                    before = self.ids
+                    # As for all that is long: others are served meanwhile.
+                    self._take(await asyncio.to_thread(self._all, text))
+                    self._text = text
                     log.info("keys were read anew", keys=len(self._keys), gone=sorted(set(before) - set(self.ids)))
                 said = ""
             except BadKeys as error:
@@ -273,14 +297,16 @@ class KeyRing:
     def _all(self, text: str | None) -> tuple[ApiKey, ...]:
         if text is None:
             return self._given
-        found = list(self._given)
         try:
-            for key in read_keys(text):
-                _check_beside(key, self._given)
-                found.append(key)
-        except ValueError as error:
+            return (*self._given, *read_keys(text, self._given))
+        except BadKeys as error:
             raise BadKeys(f"{self._file}: {error}") from None
-        return tuple(found)
+
+    def _take(self, keys: tuple[ApiKey, ...]) -> None:
+        by_id: dict[str | None, list[ApiKey]] = {}
+        for key in keys:
+            by_id.setdefault(key.id, []).append(key)
+        self._keys, self._by_id = keys, by_id
 
 
 _GONE = secrets.token_bytes(32)
@@ -288,7 +314,10 @@ _GONE = secrets.token_bytes(32)
 
 def _read_file(path: Path) -> str:
     try:
-        with path.open("rb") as file:
+        # To open a pipe would wait for somebody to write into it, and to read one takes away what is in it.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise BadKeys(f"{path}: is no file")
             raw = file.read(_MOST_FILE_BYTES + 1)
         if len(raw) > _MOST_FILE_BYTES:
             raise BadKeys(f"{path}: is longer than {_MOST_FILE_BYTES} bytes")

@@ -17,6 +17,14 @@ def _without_colors(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     return event
 
 
+def _visible(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    """A terminal does what it reads, and anybody may write a path; our own words and tracebacks stay as they are."""
+    for name, value in event.items():
+        if isinstance(value, str) and name not in ("event", "exception", "stack") and not value.isprintable():
+            event[name] = ascii(value)[1:-1]
+    return event
+
+
 def configure(level: str, form: Literal["auto", "json", "text"], further: Sequence[Processor] = ()) -> None:
     """Set up logging for this process, to stderr; called once, by the command line.
 
@@ -42,7 +50,7 @@ def configure(level: str, form: Literal["auto", "json", "text"], further: Sequen
     )
     last: list[Processor] = (
         # Not rich's tracebacks: they print every local variable, prompts among them, and take a second to do so.
-        [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback)]
+        [_visible, structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback)]
         if text
         else [
             structlog.processors.format_exc_info,

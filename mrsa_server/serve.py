@@ -186,6 +186,9 @@ class Unpipelined(HttpToolsProtocol):
     A client that keeps a connection and brings nothing, or reads nothing, is cut off: uvicorn waits for it without end,
     and takes headers of any length.
 
+    What stands behind a body (trailers) is no header of its request: uvicorn adds it to them, where a proxy that looks
+    at headers has not seen it, and keeps all of it. It is dropped, and as long as headers at most.
+
     Attributes:
         head_s: Seconds within which the headers of a request must have arrived.
         rest_s: Seconds for the rest of a body that was answered before its end; it is read, and dropped.
@@ -197,7 +200,7 @@ class Unpipelined(HttpToolsProtocol):
     unread_s = 300.0
     _crowded = False
     _heading = False  # headers have begun and not ended
-    _head_bytes = 0
+    _head_bytes = 0  # of what is no body, since the last piece of one or the last headers
     _arriving = False  # a body has begun and not ended
     _late: asyncio.TimerHandle | None = None
     _unread: asyncio.TimerHandle | None = None
@@ -206,6 +209,8 @@ class Unpipelined(HttpToolsProtocol):
         """A client is there."""
         most, self.limit_concurrency = self.limit_concurrency, None
         super().connection_made(transport)
+        # Else what is little is not known to be unread, and a connection that is to be closed waits for it without end.
+        transport.set_write_buffer_limits(high=0)
         self._expect(self.head_s)
         if most is not None and len(self.connections) > most:
             self.app = RequestScope(Turnstile(self.config.app, most))
@@ -244,7 +249,11 @@ class Unpipelined(HttpToolsProtocol):
             self.transport.close()
 
     def _refuse(self, error: ApiError) -> None:
-        """Answer to what is no request yet, and close."""
+        """Answer to what is no request yet, and close; within an answer to another, or after it, nothing is said."""
+        cycle = self.cycle
+        if cycle is not None and cycle.response_started and (self._arriving or not cycle.response_complete):
+            self.transport.close()
+            return
         body = orjson.dumps(error.body())
         status = f"{error.status} {HTTPStatus(error.status).phrase}"
         head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
@@ -254,7 +263,7 @@ class Unpipelined(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """The first byte of a request."""
         super().on_message_begin()
-        self._heading, self._head_bytes = True, 0
+        self._heading = True
         if self._late is None:
             self._expect(self.head_s)
 
@@ -264,9 +273,14 @@ class Unpipelined(HttpToolsProtocol):
         if self._arriving and not self.transport.is_closing():
             self._expect(self.rest_s)
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header, or what looks like one behind a body."""
+        if self._heading:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         """A request is there: one that comes before the answer to the last is dropped, which HTTP allows."""
-        self._heading, self._arriving = False, True
+        self._heading, self._arriving, self._head_bytes = False, True, 0
         self._expect(None)
         before = self.cycle
         super().on_headers_complete()
@@ -279,12 +293,13 @@ class Unpipelined(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """A part of a body."""
+        self._head_bytes = 0
         if not self._crowded:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The end of a body."""
-        self._arriving = False
+        self._arriving, self._head_bytes = False, 0
         self._expect(None)
         if not self._crowded:
             super().on_message_complete()
@@ -293,12 +308,13 @@ class Unpipelined(HttpToolsProtocol):
         """What follows a dropped request is not even parsed, nor what follows headers that are too long."""
         if self._crowded or self.transport.is_closing():
             return
+        self._head_bytes += len(data)
+        if self._late is None and not self._arriving and (self.cycle is None or self.cycle.response_complete):
+            self._expect(self.head_s)  # uvicorn takes even an empty line for a request, and waits no less for the rest
         super().data_received(data)
-        if self._heading:
-            self._head_bytes += len(data)
-            if self._head_bytes > _MOST_HEAD_BYTES and not self.transport.is_closing():
-                message = f"The headers must be at most {_MOST_HEAD_BYTES} bytes."
-                self._refuse(ApiError(431, "headers_too_large", message))
+        if self._head_bytes > _MOST_HEAD_BYTES and not self.transport.is_closing():
+            message = f"Headers, and what stands between pieces of a body, must be at most {_MOST_HEAD_BYTES} bytes."
+            self._refuse(ApiError(431, "headers_too_large", message))
 
 
 def settle_heap() -> None:

@@ -149,7 +149,8 @@ async def _complete(service: AskService, raw: bytes, caller: Caller) -> bytes:
     """A body whose input begins with the conversation that it goes on with.
 
     Raises:
-        BadRequest: There is no such response, or it has no answer; or the body is not good by itself.
+        BadRequest: There is no such response, or it has no answer; or the body is not good by itself, or too large with
+            the conversation.
         InvalidParams: Likewise.
         StoreUnavailable: The database does not answer.
     """
@@ -178,7 +179,12 @@ async def _complete(service: AskService, raw: bytes, caller: Caller) -> bytes:
     except ApiError as error:
         message = f"previous_response_id: {earlier} has no answer to go on with: {error.message}"
         raise BadRequest(message, "previous_response_id") from None
-    return continued(raw, record.body, body["output"])
+    whole = continued(raw, record.body, body["output"])
+    most = service.settings.max_body_bytes
+    if len(whole) > most:  # else each turn would be stored with all before it, and grow by a body
+        message = f"previous_response_id: the conversation has {len(whole)} bytes with it, and may have {most}"
+        raise BadRequest(message, "previous_response_id", "request_too_large")
+    return whole
 
 
 async def _detached(service: AskService, record: StoredRun) -> Response:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import orjson
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -34,6 +35,7 @@ from mrsa_server.settings import Effort, Settings
 
 _MAX_TEXT = 8 * 2**20
 _MAX_INT = 2**53 - 1
+_MAX_METADATA = 16 * (64 + 512)  # OpenAI's: 16 names of 64 characters, texts of 512
 ALIAS_SUFFIX = "-mrsa"
 COMPLETION = "chatcmpl-"  # begins the id of every completion; its run has what follows it in its own
 
@@ -271,6 +273,15 @@ MrsaSwitch = Annotated[
 ]
 
 
+def _metadata(value: dict[str, Any]) -> dict[str, Any]:
+    """A page of runs shows the metadata of a hundred."""
+    if sum(len(name) + len(text) for name, text in value.items() if isinstance(text, str)) > _MAX_METADATA:
+        raise PydanticCustomError(
+            "metadata", "its texts must be at most {most} characters together", {"most": _MAX_METADATA}
+        )
+    return value
+
+
 class ChatBody(Wire):
     """A body of `POST /v1/chat/completions`, after `translate`."""
 
@@ -299,7 +310,7 @@ class ChatBody(Wire):
     mrsa: MrsaSwitch | None = None
     # Known, and without influence on the answer.
     user: Short | None = None
-    metadata: Annotated[dict[str, Any], Field(max_length=64)] | None = None
+    metadata: Annotated[dict[str, Any], Field(max_length=64), AfterValidator(_metadata)] | None = None
     store: bool | None = None
     service_tier: Short | None = None
     prompt_cache_key: Short | None = None

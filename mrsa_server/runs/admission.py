@@ -48,12 +48,16 @@ Place = tuple[bool, float]
 
 @dataclass(eq=False, slots=True)
 class Share:
-    """One run's place in the queue; the lowest `rank` goes first, in seconds of the loop's clock."""
+    """One run's place in the queue; the lowest `rank` goes first, in seconds of the loop's clock.
+
+    `spent_tokens` is what its generations have cost so far, those that were cut off included.
+    """
 
     rank: float
     plain: bool = False  # one chat and no method: its lengths tell nothing of a rollout's
     batch: bool = False  # nobody waits for it
     waiting: list[tuple[bool, int, int, _Waiter]] = field(default_factory=list, repr=False)
+    spent_tokens: float = 0.0
 
     @property
     def place(self) -> Place:
@@ -220,6 +224,7 @@ class Admission:
             whole: Whether it came to its end; one that was cut off tells nothing of how long generations are.
         """
         had = hold.prompt_tokens + generated if generated else 0.0
+        hold.share.spent_tokens += had
         self._free(hold)
         self._measure(had)
         if whole:

@@ -265,7 +265,12 @@ class Journal:
                 book.cancel()
 
     async def claim_lost(
-        self, limit: int, models: Collection[str], of_batches: int | None = None, spent: Collection[str] = ()
+        self,
+        limit: int,
+        models: Collection[str],
+        of_batches: int | None = None,
+        spent: Collection[str] = (),
+        keys: Collection[str] | None = None,
     ) -> list[Claim]:
         """Take runs that were left behind; none for a lease's time after one in which leases could not be renewed.
 
@@ -274,6 +279,7 @@ class Journal:
             models: Likewise.
             of_batches: Likewise.
             spent: Likewise.
+            keys: Likewise.
 
         Raises:
             StoreUnavailable: As the store.
@@ -282,7 +288,7 @@ class Journal:
             await self.renew()  # or it would take its own runs
         if time.time() < self._claims_from:
             return []
-        return await self.store.claim_lost(limit, models, of_batches, spent)
+        return await self.store.claim_lost(limit, models, of_batches, spent, keys)
 
     def _renewed_within(self, share: float) -> bool:
         return 0 <= time.time() - self._renewed_at < share * self.store.lease_s

@@ -65,7 +65,7 @@ from mrsa_server.runs.host import EngineHost
 from mrsa_server.runs.journal import Book, Journal
 from mrsa_server.runs.record import NewRun
 from mrsa_server.runs.store_errors import Fenced, KeyTaken, StoreUnavailable
-from mrsa_server.runs.tenants import Tenants, Ticket, spent_tokens
+from mrsa_server.runs.tenants import Tenants, Ticket
 from mrsa_server.tracing import UNTRACED, RunSpans, Tracing, trace_of
 
 if TYPE_CHECKING:  # a server without a store loads no database
@@ -490,7 +490,9 @@ class Runner:
             try:
                 # An engine that is asleep has to be woken for them too.
                 self._metrics.left_behind.set(0 if self.host.up else await journal.store.count_lost())
-                claims = await journal.claim_lost(max(0, room), served, max(0, of_batches), self.tenants.spent())
+                claims = await journal.claim_lost(
+                    max(0, room), served, max(0, of_batches), self.tenants.spent(), self.tenants.keys
+                )
                 for claim in claims:
                     if not await self._take_up(journal, claim, templates, revive):
                         await journal.store.release(claim)
@@ -742,6 +744,7 @@ class Runner:
             batch=run.batch,
             cache_salt=self.tenants.salt(run.ticket.key_id),
         )
+        run.ticket.share = engine.share
         lost_tokens: int | None = None
         deaths, ended = 0, 0
         while True:
@@ -839,7 +842,7 @@ class Runner:
         state, key_id = run.state, run.ticket.key_id
         code = run.error.code if run.error else None
         if key_id is not None:
-            self._metrics.count_key_run(key_id, status, 0 if state is None else spent_tokens(state))
+            self._metrics.count_key_run(key_id, status, run.ticket.spent(state))
         if state is None:
             if code == "context_length_exceeded":
                 self._metrics.count_rejection("prompt_tokens")

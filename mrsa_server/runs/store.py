@@ -513,7 +513,12 @@ class RunStore:
 
     @_whole("claim")
     async def claim_lost(
-        self, limit: int, models: Collection[str], of_batches: int | None = None, spent: Collection[str] = ()
+        self,
+        limit: int,
+        models: Collection[str],
+        of_batches: int | None = None,
+        spent: Collection[str] = (),
+        keys: Collection[str] | None = None,
     ) -> list[Claim]:
         """Take unfinished runs whose lease is over.
 
@@ -522,6 +527,7 @@ class RunStore:
             models: Those that are served here. A run that is to be cancelled, or whose time is over, may be of any.
             of_batches: Most of the others, which are lines of batches; None for what is left of `limit`.
             spent: Keys whose lines of batches are left alone.
+            keys: All that there are: lines of others, which were taken away, are left alone too. None for any.
 
         Raises:
             StoreUnavailable: The database does not answer.
@@ -530,7 +536,8 @@ class RunStore:
         ours = or_(_runs.model.in_(models), _runs.cancel_requested, _runs.deadline_at < now)
         lost = select(_runs.run_id).where(_UNFINISHED, _runs.lease_until < now, ours)
         alone = lost.where(_runs.batch_id.is_(None)).order_by(_runs.created_at, _runs.run_id)
-        held = and_(_runs.key_id.is_not(None), _runs.key_id.in_(spent), ~_runs.cancel_requested)
+        waits = _runs.key_id.in_(spent) if keys is None else or_(_runs.key_id.in_(spent), _runs.key_id.not_in(keys))
+        held = and_(_runs.key_id.is_not(None), waits, ~_runs.cancel_requested)
         batched = lost.where(_runs.batch_id.is_not(None), ~held).order_by(_runs.batch_id, _runs.batch_line)
         found: list[Claim] = []
         if limit > 0:

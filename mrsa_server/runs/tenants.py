@@ -5,7 +5,8 @@ gives back at its end what it did not use. One that may cost more than a minute'
 full, and what it owes is paid off before the next: so no run is too large for a key, and the mean holds.
 
 Lines of batches yield to all others and have places of their own. They have a bucket of tokens of their own too, as
-large as the other: while it is empty no further line of the key begins.
+large as the other: while it is empty no further line of the key begins. Nor does one of a key that was taken away,
+before its batch is over; what was in flight ends by itself.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from harness.types import Params
 from mrsa_server.api.errors import OverBudget, RateLimited
 from mrsa_server.keyring import KeyRing
 from mrsa_server.metrics import Metrics
+from mrsa_server.runs.admission import Share
 
 _BUSY_S = 5.0  # until another run of a key may have ended: nobody knows
 
@@ -34,6 +36,9 @@ class Ticket:
         tokens: Taken of the key's minute.
         committed: Taken of what all runs may cost together.
         begun: Whether it was let in for good.
+        before: Tokens that it had cost when it was taken up here.
+        priced: Whether it is known what it may cost.
+        share: Of the engine; it counts what its generations have cost since.
     """
 
     key_id: str | None
@@ -41,6 +46,20 @@ class Ticket:
     tokens: int = 0
     committed: int = 0
     begun: bool = False
+    before: int = 0
+    priced: bool = False
+    share: Share | None = None
+
+    def spent(self, state: State | None) -> int:
+        """What the run has cost so far.
+
+        One that was ended from outside has cost what was in flight too, which its state does not know of: else whoever
+        leaves before the last word would have all others for nothing.
+        """
+        counted = 0 if state is None else spent_tokens(state)
+        if state is not None and state.outcome is not None:
+            return counted
+        return max(counted, self.before + round(self.share.spent_tokens if self.share is not None else 0))
 
 
 class _Bucket:
@@ -71,6 +90,7 @@ class _Tenant:
 
     def __init__(self, now: float) -> None:
         self.running = 0
+        self.unpriced = 0  # lines of batches that were taken up, and nobody knows yet what for
         self.runs = _Bucket(now)
         self.tokens = _Bucket(now)
         self.batch_tokens = _Bucket(now)
@@ -130,14 +150,17 @@ class Tenants:
 
     def adopt(self, key_id: str | None, *, batch: bool) -> Ticket:
         """Count a run that goes on from its log: it was let in before, and is never refused."""
-        ticket = Ticket(key_id, batch=batch, begun=True)
-        if not batch:
-            self._tenant(key_id).running += 1
-        return ticket
+        tenant = self._tenant(key_id)
+        if batch:
+            tenant.unpriced += 1
+        else:
+            tenant.running += 1
+        return Ticket(key_id, batch=batch, begun=True)
 
     def resume(self, ticket: Ticket, state: State) -> None:
         """What a run that was adopted has used before is not asked for again; a line of a batch pays for the rest."""
-        ticket.tokens = spent_tokens(state)
+        self._price(ticket)
+        ticket.tokens = ticket.before = spent_tokens(state)
         if not ticket.batch:
             self._commit(ticket, state.params, 0)
         elif (per_minute := self._ring.limits(ticket.key_id).tokens_per_minute) is not None:
@@ -146,15 +169,20 @@ class Tenants:
             bucket.take(max(0, need - ticket.tokens))
             ticket.tokens = max(need, ticket.tokens)
 
+    @property
+    def keys(self) -> tuple[str, ...] | None:
+        """Those whose lines of batches may begin; None for all. One that was taken away would have no limits."""
+        return None if self._ring.open else self._ring.ids
+
     def spent(self) -> list[str]:
         """Keys of which no line of a batch is to begin now."""
-        now = self._clock()
-        return [
-            key_id
-            for key_id in self._ring.ids
-            if (per_minute := self._ring.limits(key_id).tokens_per_minute) is not None
-            and self._tenant(key_id).batch_tokens.left(per_minute, now) <= 0
-        ]
+        now, found = self._clock(), []
+        for key_id in self._ring.ids:
+            if (per_minute := self._ring.limits(key_id).tokens_per_minute) is not None:
+                tenant = self._tenant(key_id)
+                if tenant.unpriced or tenant.batch_tokens.left(per_minute, now) <= 0:
+                    found.append(key_id)
+        return found
 
     def admit(self, ticket: Ticket, params: Params, prompt_tokens: int, *, promised: bool = False) -> None:
         """Let a run begin for what it may cost at most.
@@ -205,12 +233,16 @@ class Tenants:
         """A run has ended: what it did not use of its tokens is given back."""
         limits, tenant = self._ring.limits(ticket.key_id), self._tenant(ticket.key_id)
         tenant.running -= not ticket.batch
+        self._price(ticket)
         self.committed -= ticket.committed
         ticket.committed = 0
-        if ticket.begun and limits.tokens_per_minute is not None:
+        per_minute = limits.tokens_per_minute
+        # A key whose line was away when its run ended, as while a file is changed, has its tokens back with it.
+        if ticket.begun and (per_minute is not None or ticket.tokens):
             bucket = tenant.tokens_of(ticket)
-            bucket.left(limits.tokens_per_minute, self._clock())
-            bucket.take((0 if state is None else spent_tokens(state)) - ticket.tokens)
+            if per_minute is not None:
+                bucket.left(per_minute, self._clock())
+            bucket.take(ticket.spent(state) - ticket.tokens)
 
     def headers(self, key_id: str | None) -> dict[str, str]:
         """How a key stands, in OpenAI's words; nothing of what has no limit."""
@@ -229,6 +261,11 @@ class Tenants:
             found["x-ratelimit-limit-concurrent"] = str(limits.concurrent_runs)
             found["x-ratelimit-remaining-concurrent"] = str(max(0, limits.concurrent_runs - tenant.running))
         return found
+
+    def _price(self, ticket: Ticket) -> None:
+        if ticket.batch and not ticket.priced:
+            ticket.priced = True
+            self._tenant(ticket.key_id).unpriced -= 1
 
     def _commit(self, ticket: Ticket, params: Params, prompt_tokens: int) -> None:
         ticket.committed = worst_tokens(params, prompt_tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -680,3 +681,17 @@ async def test_a_model_that_cannot_be_printed_is_none_before_names_are_known(sto
     async with in_memory(engine, up=False, database_url=store_url, lease_s=LEASE_S) as client, asyncio.timeout(3):
         response = await client.post(RESPONSES, json=ask(model="a\0b-mrsa"))
         assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
+
+
+async def test_a_conversation_is_as_large_as_a_body_at_most(tmp_path: Path) -> None:
+    image = "data:image/png;base64," + "A" * 3_000  # no token: a note stands for it
+    turn = {"role": "user", "content": [{"type": "input_image", "image_url": image, "detail": "auto"}]}
+    async with in_memory(state_dir=tmp_path, max_body_bytes=8_000) as client:
+        found = await until(client, (await create(client, input=[turn]))["id"], "completed")
+        again = await create(client, input=[turn], previous_response_id=found["id"])
+        found = await until(client, again["id"], "completed")
+        response = await client.post(RESPONSES, json=ask(input=[turn], previous_response_id=found["id"]))
+        assert response.status_code == 400, response.text
+        error = response.json()["error"]
+        assert (error["param"], error["code"]) == ("previous_response_id", "request_too_large")
+        assert "8000" in error["message"]

@@ -324,3 +324,13 @@ def test_no_body_whatever_makes_the_server_fail(
     assert response.status_code < 500, response.text
     if response.status_code >= 400:
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+async def test_metadata_is_bounded_since_a_page_of_runs_shows_that_of_a_hundred() -> None:
+    async with in_memory() as client:
+        fits = {"a" * 64: "x" * 9_000, "b": [None, {"c": 1}]}
+        assert (await client.post(CHAT, json=ask(mrsa=SMALL, metadata=fits))).status_code == 200
+        response = await client.post(CHAT, json=ask(mrsa=SMALL, metadata={"a": "x" * 5_000, "b": "x" * 5_000}))
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "metadata"
+    assert "9216" in response.json()["error"]["message"]

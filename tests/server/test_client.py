@@ -36,3 +36,17 @@ def test_the_key_of_the_environment_is_sent(monkeypatch: pytest.MonkeyPatch, key
         monkeypatch.setenv(KEY_VARIABLE, key)
     with connect("http://localhost:1", httpx.Timeout(1)) as client:
         assert client.headers.get("authorization") == (f"Bearer {key}" if key else None)
+
+
+def test_a_key_out_of_a_file_may_end_with_a_newline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, "sk-mrsa-x\r\n")
+    with connect("http://localhost:1", httpx.Timeout(1)) as client:
+        assert client.headers["authorization"] == "Bearer sk-mrsa-x"
+
+
+@pytest.mark.parametrize("key", ["sk-mrsa-x\ny", "sk-mrsa-é"])
+def test_what_can_be_no_key_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, key)
+    with pytest.raises(SystemExit, match=KEY_VARIABLE) as refused:
+        connect("http://localhost:1", httpx.Timeout(1))
+    assert "sk-" not in str(refused.value)

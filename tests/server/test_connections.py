@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import socket
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable
@@ -16,6 +17,7 @@ import pytest
 from harness.scripted import Script, ScriptedEngine, Speed
 from mrsa_server.runs.runner import Run
 from mrsa_server.serve import Unpipelined
+from tests.helpers.keys import client, ring
 from tests.helpers.serving import CHAT, SMALL, ask, chunks, in_memory, on_port
 
 
@@ -76,6 +78,21 @@ async def test_the_first_of_two_requests_sent_at_once_is_answered_and_the_connec
         assert answer.startswith(b"HTTP/1.1 200 ")
         assert answer.count(b"HTTP/1.1") == 1
         assert b"connection: close" in answer
+        writer.close()
+
+
+async def test_half_a_request_behind_another_puts_nothing_into_the_answer() -> None:
+    engine = ScriptedEngine(lambda _: Script("hm", " ".join(map(str, range(3_000)))), speed=Speed(step_s=0.01))
+    async with on_port(engine, header_timeout_s=0.2) as (url, _):
+        reader, writer = await connect(url)
+        writer.write(post(orjson.dumps(ask("scripted", stream=True, max_tokens=10_000))))
+        await reader.readuntil(b"data: ")
+        writer.write(b"GET /v1/mod")
+        async with asyncio.timeout(5):
+            rest = await reader.read()
+        assert b"408" not in rest
+        assert b"HTTP/1.1" not in rest
+        assert b"[DONE]" not in rest
         writer.close()
 
 
@@ -203,6 +220,32 @@ async def test_a_client_that_reads_nothing_is_cut_off_and_its_run_ends(monkeypat
         writer.close()
 
 
+async def test_a_client_that_leaves_little_unread_is_cut_off_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Unpipelined, "unread_s", 0.5)
+    made: list[Unpipelined] = []
+    connection_made = Unpipelined.connection_made
+
+    def noted(protocol: Unpipelined, transport: asyncio.Transport) -> None:
+        made.append(protocol)
+        connection_made(protocol, transport)
+
+    monkeypatch.setattr(Unpipelined, "connection_made", noted)
+    async with on_port() as (url, _):
+        with socket.socket() as found:
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            found.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(found, ("127.0.0.1", int(url.rpartition(":")[2])))
+            await until(lambda: made)
+            transport, answered = made[0].transport, 0
+            while not transport.get_write_buffer_size():  # until an answer does not fit into what the system holds
+                await loop.sock_sendall(found, b"GET /%s HTTP/1.1\r\nhost: x\r\n\r\n" % (b"x" * 20_000))
+                answered += 1
+                await until(lambda count=answered: made[0].server_state.total_requests == count)  # type: ignore[misc]
+            transport.close()  # as uvicorn does with one that is at rest
+            await until(lambda: not made[0].server_state.connections, 3)
+
+
 async def test_a_connection_that_is_reused_slowly_is_not_cut_off() -> None:
     async with on_port(header_timeout_s=0.3) as (url, _):
         async with httpx.AsyncClient(base_url=url) as http:
@@ -211,3 +254,51 @@ async def test_a_connection_that_is_reused_slowly_is_not_cut_off() -> None:
                 await asyncio.sleep(0.4)
             sockets = [connection for connection in http._transport._pool.connections]  # type: ignore[attr-defined]
             assert len(sockets) == 1
+
+
+def keyless(head: str = "") -> bytes:
+    """A request with a body in chunks, up to what may stand behind it."""
+    return f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n{head}".encode()
+
+
+async def test_a_key_behind_a_body_is_no_key() -> None:
+    alice, body = client("alice"), orjson.dumps(ask(mrsa=SMALL))
+    chunked = keyless("transfer-encoding: chunked\r\nconnection: close\r\n") + b"\r\n%x\r\n%s\r\n0\r\n" % (
+        len(body),
+        body,
+    )
+    async with on_port(keys=ring(alice)) as (url, _):
+        reader, writer = await connect(url)
+        writer.write(chunked + f"authorization: Bearer {alice.secret}\r\n\r\n".encode())
+        async with asyncio.timeout(5):
+            assert (await reader.read()).startswith(b"HTTP/1.1 401 ")
+        writer.close()
+
+
+@pytest.mark.parametrize("piece", [b"a: b\r\n" * 1_000, b"x" * 6_000], ids=["many", "long"])
+@pytest.mark.parametrize("keys", [True, False], ids=["refused", "read"])
+async def test_what_follows_a_body_without_end_is_cut_off(piece: bytes, keys: bool) -> None:
+    settings = {"keys": ring(client("alice"))} if keys else {}
+    async with on_port(**settings) as (url, _):
+        _, writer = await connect(url)
+        writer.write(keyless("transfer-encoding: chunked\r\n") + b"\r\n2\r\n{}\r\n0\r\na: ")
+        sent = 0
+        with pytest.raises(ConnectionError):  # noqa: PT012  whichever of the sends finds it closed
+            while sent < 20_000_000:
+                writer.write(piece)
+                await writer.drain()
+                await asyncio.sleep(0)
+                sent += len(piece)
+        assert sent < 2_000_000
+        writer.close()
+
+
+async def test_an_empty_line_keeps_no_connection() -> None:
+    async with on_port(header_timeout_s=0.3) as (url, _):
+        reader, writer = await connect(url)
+        writer.write(b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n")
+        await reader.readuntil(b"}")
+        writer.write(b"\r\n")
+        async with asyncio.timeout(3):
+            assert await reader.read() == b""
+        writer.close()

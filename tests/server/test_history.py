@@ -14,7 +14,7 @@ import httpx
 import pytest
 from structlog.testing import capture_logs
 
-from harness.scripted import ScriptedEngine
+from harness.scripted import Script, ScriptedEngine
 from mrsa_server.cli import main
 from tests.helpers.ports import free_port
 from tests.helpers.replicas import SIZES, slow
@@ -198,3 +198,17 @@ async def test_what_is_not_there_is_named(tmp_path: Path, capsys: pytest.Capture
         assert "--state-dir" in capsys.readouterr().err
     assert await runs("list", "--url", url) == 1
     assert f"no server answers at {url}" in capsys.readouterr().err
+
+
+async def test_no_answer_does_anything_to_the_terminal_of_who_looks_at_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = ScriptedEngine(lambda _: Script("hm", "\x1b[2J\x9b31m\x07one\r\ttwo\nthree"))
+    async with on_port(engine, state_dir=tmp_path) as (url, _):
+        name = await asked(url, seed=1)
+        assert await runs("show", name, "--url", url) == 0
+        assert await runs("watch", name, "--url", url) == 0
+    out = capsys.readouterr().out
+    assert "one" in out
+    assert "two\nthree" in out
+    assert not set("\x1b\x9b\x07\r") & set(out)

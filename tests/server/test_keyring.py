@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -183,3 +185,45 @@ def test_a_new_key_is_printed_once_and_its_secret_is_in_no_file(
         assert cli.main(["keys", "new", *words.split(), "--file", str(file)]) == 3
     assert file.read_text() == before
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_ten_thousand_keys_are_read_and_looked_up_in_no_time() -> None:
+    lines = [f"key-{number}:{number:064x}:inference:tokens_per_minute=5" for number in range(10_000)]
+    began = time.process_time()
+    found = KeyRing(None, read_keys("\n".join(lines)))
+    assert all(found.limits(name).tokens_per_minute == 5 for name in found.ids)
+    assert len({found.salt(name) for name in found.ids}) == 10_000
+    assert time.process_time() - began < 5, "each with each other takes minutes"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "keys"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(BadKeys, match=r"keys: (is no file|Is a directory)"):
+        KeyRing(path)
+
+
+async def test_a_file_that_becomes_a_pipe_changes_nothing_until_it_is_one_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keyring, "_LOOK_S", 0.01)
+    one, two, path = client("a"), client("b"), tmp_path / "keys"
+    path.write_text(one.line)
+    found = KeyRing(path)
+    keeping = asyncio.create_task(found.keep())
+    path.unlink()
+    os.mkfifo(path)
+    await asyncio.sleep(0.05)
+    assert found.ids == ("a",)
+    path.unlink()
+    path.write_text(two.line)
+    async with asyncio.timeout(5):
+        while found.ids != ("b",):  # noqa: ASYNC110  what is waited for has no event to set
+            await asyncio.sleep(0.01)
+    keeping.cancel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 import sys
 from collections.abc import AsyncGenerator, Iterator
 from typing import Literal
@@ -72,3 +73,14 @@ async def test_the_log_of_a_run_that_broke_tells_where_and_nothing_of_the_prompt
     assert SECRET not in written
     assert "4711" not in written
     assert len(written) < 30_000
+
+
+def test_no_client_writes_to_the_terminal_of_who_reads_the_log() -> None:
+    path = "/\x1b[2J\x9b31m"
+    configure = "import structlog; from mrsa_server import logs; logs.configure('info', 'text')"
+    code = f"{configure}; structlog.get_logger('x').info('request', path={path!r}, key_id='bob')"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
+    assert r"/\x1b[2J\x9b31m" in said
+    assert "\x1b[2J" not in said
+    assert "\x9b" not in said
+    assert len(said.splitlines()) == 1

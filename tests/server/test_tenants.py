@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,16 @@ from hypothesis import strategies as st
 from harness.engine import Delta
 from harness.markovian_rsa import State, init
 from harness.prompts import load_templates
-from harness.scripted import ScriptedEngine, Speed, run_virtual
+from harness.scripted import Script, ScriptedEngine, Speed, run_virtual
 from harness.types import Params, RolloutRequest
+from mrsa_server import keyring
 from mrsa_server.api.errors import OverBudget, RateLimited
 from mrsa_server.keyring import KeyRing, Scope, read_keys
 from mrsa_server.metrics import Metrics
 from mrsa_server.runs.tenants import Tenants, worst_tokens
 from tests.helpers.keys import Client, client, ring
 from tests.helpers.runs import PROBLEM, TextJudge, World, go, params_of_runs
-from tests.helpers.serving import CHAT, SMALL, ask, in_memory
+from tests.helpers.serving import CHAT, SMALL, ask, in_memory, on_port
 
 TEMPLATES = load_templates()
 PLAIN = Params(population=1, rounds=0, final_tokens=100)
@@ -95,6 +97,27 @@ def test_a_run_is_let_in_for_what_it_may_cost_and_gives_back_what_it_did_not_use
     found.admit(found.enter("a"), PLAIN, 0)
 
 
+async def test_a_run_that_ends_while_its_key_is_away_gives_its_tokens_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keyring, "_LOOK_S", 0.01)
+    file, a, b = tmp_path / "keys", client("a", tokens_per_minute=1_000), client("b")
+    file.write_text(f"{a.line}\n{b.line}\n")
+    ring, clock = KeyRing(file), Clock()
+    found, keeping = Tenants(ring, Metrics(), None, clock), asyncio.create_task(ring.keep())
+    ticket = found.enter("a")
+    found.admit(ticket, Params(population=1, rounds=0, final_tokens=90_000), 0)
+    for text, ids in ((f"{b.line}\n", ("b",)), (f"{a.line}\n{b.line}\n", ("a", "b"))):
+        file.write_text(text)
+        async with asyncio.timeout(5):
+            while ring.ids != ids:  # noqa: ASYNC110 (nobody tells)
+                await asyncio.sleep(0.01)
+        if ids == ("b",):
+            found.leave(ticket, init("run", PROBLEM, PLAIN, TEMPLATES))
+    keeping.cancel()
+    assert found.headers("a")["x-ratelimit-remaining-tokens"] == "1000"
+
+
 def test_a_run_that_is_refused_for_its_tokens_is_none_of_the_minute_s_runs() -> None:
     found, _ = tenants(client("a", tokens_per_minute=100, runs_per_minute=2))
     found.admit(found.enter("a"), PLAIN, 0)
@@ -159,6 +182,21 @@ def test_lines_of_batches_have_as_many_tokens_for_themselves_and_wait_for_more()
     assert found.spent() == []
 
 
+def test_no_line_of_a_batch_begins_before_it_is_known_what_the_last_ones_may_cost() -> None:
+    found, _ = tenants(client("a", tokens_per_minute=600), client("b"))
+    state = init("run", PROBLEM, PLAIN, TEMPLATES)  # 100 tokens at most
+    for leave in (False, True):
+        lines = [found.adopt("a", batch=True) for _ in range(2)]
+        found.adopt("b", batch=True)
+        for line in lines:
+            assert found.spent() == ["a"]
+            if leave:
+                found.leave(line, None)
+            else:
+                found.resume(line, state)
+        assert found.spent() == []
+
+
 async def test_a_batch_of_a_key_that_is_spent_waits_and_those_of_others_do_not(tmp_path: Path) -> None:
     poor, rich = client("poor", tokens_per_minute=1), client("rich")
     async with in_memory(keys=ring(poor, rich), state_dir=tmp_path) as http:
@@ -187,6 +225,29 @@ async def test_a_batch_of_a_key_that_is_spent_waits_and_those_of_others_do_not(t
         assert (await look(first, poor))["request_counts"]["completed"] == taken_at_once
         await http.post(f"/v1/batches/{first}/cancel", headers=poor.headers)
         await until(first, poor, lambda found: found["status"] == "cancelled")
+
+
+async def test_lines_of_a_key_that_was_taken_away_begin_no_more_and_can_be_cancelled(tmp_path: Path) -> None:
+    gone, root = client("gone", tokens_per_minute=1), client("root", Scope.ADMIN)
+    lines = [{"custom_id": str(n), "method": "POST", "url": CHAT, "body": ask(mrsa=SMALL)} for n in range(70)]
+    form = {"files": {"file": ("b.jsonl", "\n".join(map(json.dumps, lines)))}, "data": {"purpose": "batch"}}
+
+    async def until(http: httpx.AsyncClient, path: str, reached: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        async with asyncio.timeout(20):
+            while not reached(found := (await http.get(path, headers=root.headers)).json()):  # noqa: ASYNC110 (nobody tells)
+                await asyncio.sleep(0.05)
+        return dict(found)
+
+    async with in_memory(keys=ring(gone, root), state_dir=tmp_path) as http:
+        file = (await http.post("/v1/files", headers=gone.headers, **form)).json()["id"]  # type: ignore[arg-type]
+        body = {"input_file_id": file, "endpoint": CHAT, "completion_window": "24h"}
+        batch = f"/v1/batches/{(await http.post('/v1/batches', json=body, headers=gone.headers)).json()['id']}"
+        await until(http, batch, lambda found: found["request_counts"]["completed"] == 64)  # taken at once
+    async with in_memory(keys=ring(root), state_dir=tmp_path) as http:
+        await asyncio.sleep(2.5)  # two looks
+        assert (await until(http, batch, lambda _: True))["request_counts"]["completed"] == 64
+        await http.post(f"{batch}/cancel", headers=root.headers)
+        await until(http, batch, lambda found: found["status"] == "cancelled")
 
 
 @given(params=params_of_runs, key=st.integers(0, 10**6))
@@ -272,6 +333,31 @@ async def test_tokens_that_are_not_there_refuse_a_run_before_its_first_rollout(s
         assert refused.headers["x-ratelimit-limit-tokens"] == "100000"
         assert engine.total_requests == asked
         first.cancel()
+
+
+@pytest.mark.parametrize("fields", [{"model": "scripted"}, {"mrsa": SMALL}], ids=["chat", "mrsa"])
+async def test_who_leaves_before_the_last_word_pays_for_all_that_was_written(fields: dict[str, Any]) -> None:
+    a, text = client("a", tokens_per_minute=6_000), " ".join(f"w{number}" for number in range(3_000))
+    engine = ScriptedEngine(lambda _: Script("hm", text), chunk_tokens=100, speed=Speed(step_s=0.0001))
+    body = ask(**{"stream": True, "max_tokens": 100_000, **fields})
+    async with on_port(engine, keys=ring(a)) as (url, app):
+        said, tenants = 0, app.state.runner.tenants
+        async with (
+            httpx.AsyncClient(base_url=url) as http,
+            http.stream("POST", CHAT, json=body, headers=a.headers) as got,
+        ):
+            async for line in got.aiter_lines():
+                said += len(re.findall(r"\bw\d", line))
+                if said > 2_000:
+                    break
+        async with asyncio.timeout(5):
+            while tenants.committed:  # noqa: ASYNC110  what is waited for has no event to set
+                await asyncio.sleep(0.01)
+        left = int(tenants.headers("a")["x-ratelimit-remaining-tokens"])
+        counted = re.search(r'mrsa_key_tokens_total\{key="a"\} (\S+)', app.state.metrics.text().decode())
+    assert left < 6_000 - said + 500, "a few come back meanwhile"
+    assert counted is not None
+    assert float(counted[1]) > said
 
 
 async def test_runs_at_once_of_a_key_are_bounded_and_others_go_on() -> None:
