@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import replace
@@ -51,6 +52,8 @@ CONTINUING = "Go on exactly where you were cut off, repeating nothing."
 _KEEPALIVE_S = 4.0
 _END_S = 1.0  # for a body to end after its `[DONE]`
 _RATIO = 4.0
+_TOGETHER_S = 1.0  # generations that break within it broke for one reason
+_AGAIN_S = 600.0  # a server that dies more often, or a proxy that cuts what is long: then they are the rollouts' losses
 _MOST_METRICS = 1 << 22  # bytes
 _TRANSPORT = (httpx.TransportError, aiohttp.ClientError, OSError)
 _UNWATCHED_READS_PER_S = 200.0
@@ -59,6 +62,10 @@ _TOKENS_PER_S = 40.0
 
 
 log = structlog.get_logger("mrsa.engine")
+
+
+class _Cut(EngineError):
+    """The connection of a generation broke, and something still listens where it led."""
 
 
 class Level(Enum):
@@ -128,6 +135,8 @@ class OpenAIEngine:
         self._heard = 0.0  # when any of them last brought a byte, on the loop's clock
         self._guard: asyncio.Task[None] | None = None
         self._look: asyncio.Task[bool] | None = None
+        self._cuts: deque[float] = deque(maxlen=256)  # when generations were cut, on the loop's clock
+        self._fell_at = float("-inf")
         self._starting = asyncio.Lock()
         self._vocabulary = Vocabulary()
         self._tokenizer: RemoteTokenizer | None = None
@@ -480,13 +489,29 @@ class OpenAIEngine:
 
     @asynccontextmanager
     async def _judged(self) -> AsyncIterator[None]:
-        """Tell a generation's own failure from that of a router that has lost the servers behind it."""
+        """Tell a generation's own failure from that of a router that has lost the servers behind it, or one of them."""
         try:
             yield
         except EngineError as error:
+            now = asyncio.get_running_loop().time()
+            if isinstance(error, _Cut):
+                self._cuts.append(now)
             if (error.status is None or error.status >= 500) and not await self._well():
                 raise EngineDead(str(error)) from None
+            if isinstance(error, _Cut) and self._fell(now):
+                raise EngineDead(f"{error}, and others with it") from None
             raise
+
+    def _fell(self, cut_at: float) -> bool:
+        """Whether a server has died though others are well, by generations that are cut together.
+
+        A router sends the rollouts of a run to one server, for its cache: as losses they would end the run.
+        """
+        if sum(abs(cut_at - other) < _TOGETHER_S for other in self._cuts) < 2:
+            return False
+        if cut_at - self._fell_at > _AGAIN_S:
+            self._fell_at = cut_at
+        return cut_at - self._fell_at < _TOGETHER_S
 
     async def _well(self) -> bool:
         """As `healthy`, looked up once for all generations that fail at the same time."""
@@ -512,7 +537,7 @@ class OpenAIEngine:
         except OSError:
             return EngineDead(f"{message}, and it cannot be reached any more")
         writer.close()
-        return EngineError(message)
+        return _Cut(message)
 
     async def _refusal(self, response: httpx.Response) -> EngineError:
         status = response.status_code

@@ -169,6 +169,31 @@ async def test_a_router_is_well_as_long_as_one_of_its_servers_is() -> None:
             await collect(engine, request())
 
 
+async def test_generations_that_are_cut_together_are_a_server_that_died_and_their_run_goes_on() -> None:
+    async with FakeUpstream(Script(level=1, answer=ANSWER, delay_s=0.4, writes=0)) as upstream:
+        async with in_memory(OpenAIEngine(upstream.url)) as client:
+            sizes = {"population": 4, "rounds": 1, "set_size": 4, "rollout_tokens": 200, "tail_tokens": 32}
+            body = {"model": f"{MODEL}-mrsa", "messages": [{"role": "user", "content": "?"}], "mrsa": sizes}
+            asking = asyncio.create_task(client.post(CHAT, json=body))
+            await settled(lambda: upstream.stats.open == 4)
+            for protocol in list(upstream.protocols):
+                protocol.transport.close()  # one behind a router that is well; the server itself listens on
+            answer = (await asking).json()
+    assert answer["choices"][0]["message"]["content"] == ANSWER
+    assert answer["mrsa"]["rounds"][0]["finished"] >= 3
+
+
+async def test_generations_that_are_cut_together_again_and_again_are_lost() -> None:
+    async with served(Script(level=1, fault="reset")) as (engine, _):
+        kinds = []
+        for _ in range(2):
+            found = await asyncio.gather(*(collect(engine, request()) for _ in range(4)), return_exceptions=True)
+            kinds.append({type(one) for one in found if isinstance(one, EngineDead)})
+            engine._fell_at -= 10  # it is not the same moment any more
+            engine._cuts.clear()
+        assert kinds == [{EngineDead}, set()]
+
+
 @pytest.mark.parametrize(("fault", "status"), [("500", 502), ("hang", 502), ("400", 400)])
 async def test_what_stops_the_server_from_counting_a_prompt_is_its_own_fault(fault: str, status: int) -> None:
     async with FakeUpstream(Script(level=1)) as upstream:
