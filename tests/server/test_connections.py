@@ -12,8 +12,10 @@ from typing import Any
 import httpx
 import orjson
 import pytest
+import uvicorn
 
 from harness.scripted import Script, ScriptedEngine, Speed
+from mrsa_server import serve
 from mrsa_server.runs.runner import Run
 from mrsa_server.serve import Unpipelined
 from tests.helpers.serving import CHAT, SMALL, ask, chunks, in_memory, on_port
@@ -211,3 +213,23 @@ async def test_a_connection_that_is_reused_slowly_is_not_cut_off() -> None:
                 await asyncio.sleep(0.4)
             sockets = [connection for connection in http._transport._pool.connections]  # type: ignore[attr-defined]
             assert len(sockets) == 1
+
+
+@pytest.mark.parametrize("in_process", [False, True])
+async def test_the_heap_is_settled_again_only_for_an_engine_that_was_loaded_anew(
+    in_process: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settled: list[None] = []
+    monkeypatch.setattr(serve, "settle_heap", lambda: settled.append(None))
+    engine = ScriptedEngine()
+    engine.in_process = in_process
+    async with in_memory(engine) as client:
+        app = client.app  # type: ignore[attr-defined]
+        host = app.state.runner.host
+        server = serve.DrainingServer(uvicorn.Config(app), app, grace_s=0)
+        for _ in range(3):
+            await server.on_tick(1)
+            host.lost("it was away for a moment")
+            await server.on_tick(1)
+            await host.wait_up(5)
+        assert len(settled) == (3 if in_process else 1)
