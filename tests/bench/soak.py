@@ -445,7 +445,7 @@ def errors(log: Path) -> list[str]:
         except (orjson.JSONDecodeError, KeyError, TypeError):
             level = "none"
         if level not in ("debug", "info", "warning"):
-            said.append(f"the log: {line[:2_000]}")
+            said.append(f"the log: {line[:300]} ... {line[-1_500:]}" if len(line) > 2_000 else f"the log: {line}")
     return said
 
 

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 import httpx
@@ -16,6 +16,7 @@ import uvicorn
 
 from harness.scripted import Script, ScriptedEngine, Speed
 from mrsa_server import serve
+from mrsa_server.api.sse import EventStream
 from mrsa_server.runs.runner import Run
 from mrsa_server.serve import Unpipelined
 from tests.helpers.serving import CHAT, SMALL, ask, chunks, in_memory, on_port
@@ -233,3 +234,14 @@ async def test_the_heap_is_settled_again_only_for_an_engine_that_was_loaded_anew
             await server.on_tick(1)
             await host.wait_up(5)
         assert len(settled) == (3 if in_process else 1)
+
+
+async def test_a_stream_that_ends_before_its_first_frame_is_empty_and_no_error() -> None:
+    async def frames() -> AsyncGenerator[bytes, None]:
+        for part in ():
+            yield part
+
+    transport = httpx.ASGITransport(EventStream(frames, lambda _: b"broken"))
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        response = await client.get("/")
+    assert (response.status_code, response.content) == (200, b"")
