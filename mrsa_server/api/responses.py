@@ -90,7 +90,8 @@ async def cancel_response(request: Request, response_id: str) -> Response:
     service, store, record = await _find(request, response_id)
     if not record.background:
         raise BadRequest("response_id: only a response made with background=true can be cancelled", "response_id")
-    if record.ended_at is None and await store.request_cancel(record.run_id):
+    if record.ended_at is None:
+        await store.request_cancel(record.run_id)  # nothing is left to cancel where it has just ended: then no wait
         try:
             await store.wait(record.run_id, 2**31 - 1, _CANCELLING_S)
         except NoSuchRun:
