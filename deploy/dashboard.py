@@ -183,6 +183,12 @@ def rows() -> tuple[tuple[str, tuple[timeseries.Panel, ...]], ...]:
                     "Of those that each server may have",
                     (f"process_open_fds{where()} / process_max_fds{where()}", "{{instance}}"),
                 ),
+                lines(
+                    "Tasks",
+                    "short",
+                    "Of each server's event loop: at rest as many as after its start",
+                    (f"mrsa_tasks{where()}", "{{instance}}"),
+                ),
             ),
         ),
     )

@@ -38,7 +38,8 @@ _JUDGE_S = 10.0  # for the answers of one run, waiting included
 _CHARACTERS_PER_TOKEN = 4.0  # of English, where nothing was measured
 _LAST_DECODE_S = 1.0  # for what stands there when a deadline cuts a rollout
 # Before a lost rollout is asked for again, each time: a router takes some seconds to find out that an engine is gone.
-_PAUSES_S = (0.5, 1.0, 2.0, 4.0)
+_PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+_BEGUN = 3  # times that one counts which had begun to answer: a proxy that cuts what is long would cut it for ever
 
 Inbox = Event | RolloutDelta | EngineDead
 
@@ -312,7 +313,7 @@ class RunEvents(AsyncIterator[Event | RolloutDelta]):
         losses = self._losses[request.slot]
         try:
             if losses:
-                await asyncio.sleep(_PAUSES_S[losses - 1])
+                await asyncio.sleep(_PAUSES_S[min(losses, len(_PAUSES_S)) - 1])
             finish = await generation.run(must_answer=last or params.carry is Carry.ANSWER)
             live.ending = True
             rollout = await generation.rollout(finish, clock() - start)
@@ -320,7 +321,7 @@ class RunEvents(AsyncIterator[Event | RolloutDelta]):
         except EngineError as error:
             usage, seconds = generation.usage(), clock() - start
             if isinstance(error, GenerationLost) and losses < len(_PAUSES_S):
-                self._losses[request.slot] += 1
+                self._losses[request.slot] += _BEGUN if usage.completion_tokens else 1
                 self._inbox.put_nowait(RunResumed((request.slot,), usage.completion_tokens))
             else:
                 self._inbox.put_nowait(RolloutFailed(request.slot, str(error), usage, seconds, error.status))

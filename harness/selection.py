@@ -166,6 +166,8 @@ class MathJudge:
             return out
 
         def settle(done: Future[tuple[int, ...]]) -> None:
+            if not out.set_running_or_notify_cancel():  # nobody waits for it any more
+                return
             merged = {group: group for group in leaders}
             if not done.cancelled() and done.exception() is None:
                 merged |= {
@@ -185,6 +187,8 @@ class MathJudge:
 
         from pebble import ProcessPool
 
+        if isinstance(self._pool, ProcessPool) and not self._pool.active:  # a worker died while it had nothing to do
+            self.close()
         if self._pool is None:
             # spawn: a fork of a server with threads may deadlock
             self._pool = ProcessPool(max_workers=1, context=multiprocessing.get_context("spawn"))

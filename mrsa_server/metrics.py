@@ -37,6 +37,7 @@ class Metrics:
         registry = self.registry = CollectorRegistry()
         self.store: StoreMetrics | None = None
         ProcessCollector(registry=registry)
+        self.tasks = Gauge("mrsa_tasks", "Tasks of the event loop", registry=registry)
         self.queued = Gauge("mrsa_runs_queued", "Runs that wait for a place or for the engine", registry=registry)
         self.left_behind = Gauge(
             "mrsa_runs_left_behind",

@@ -349,7 +349,7 @@ class DrainingServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, app: FastAPI, grace_s: float) -> None:
         super().__init__(config)
         self.failed = False
-        self._engine_up = False
+        self._engine_up = self._settled = False
         self._app = app
         self._grace_s = grace_s
 
@@ -361,8 +361,9 @@ class DrainingServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Also leave when the engine can never start: whoever watches the process is to know."""
         host = self._host
-        if host.up and not self._engine_up:
-            settle_heap()
+        if host.up and not self._engine_up and (host.engine.in_process or not self._settled):
+            settle_heap()  # again only for an engine that was loaded anew: every run waits for it
+            self._settled = True
         self._engine_up = host.up
         self.failed = host.health is Health.FAILED
         return self.failed or await super().on_tick(counter)

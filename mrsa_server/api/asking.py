@@ -29,7 +29,7 @@ from mrsa_server.api.wire import Chat, to_problem, to_wishes
 from mrsa_server.engines.build import ServedEngine
 from mrsa_server.keyring import Caller
 from mrsa_server.runs.record import NewRun, RunKind
-from mrsa_server.runs.runner import Item, Prepare, Prepared, Run, Runner
+from mrsa_server.runs.runner import REFUSALS, Item, Prepare, Prepared, Run, Runner
 from mrsa_server.settings import Settings
 from mrsa_server.tracing import TRACE_HEADERS
 
@@ -215,7 +215,7 @@ async def _prepare(
     except InvalidParams as error:
         raise of_params(error) from None
     except EngineError as error:
-        if error.status is not None and error.status >= 500:
+        if error.status not in REFUSALS:
             raise EngineFailed(str(error)) from None
         raise BadRequest(f"messages: the model's chat template refuses them: {error}", "messages") from None
     return Prepared(state, _watch(chat, decided.params.final_candidates), question_tokens)

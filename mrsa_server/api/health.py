@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import orjson
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -46,6 +48,7 @@ async def metrics(request: Request) -> Response:
     found: Metrics = request.app.state.metrics
     pulse: Pulse | None = request.app.state.pulse
     found.engine_up.set(runner.host.up)
+    found.tasks.set(len(asyncio.all_tasks()))
     if pulse is not None and found.store is not None:
         found.store.up.set(await pulse.check() is None)
     return Response(found.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -45,6 +45,7 @@ router = APIRouter()
 _NAME = re.compile(rf"{RESPONSE}([0-9A-Za-z_]{{1,120}})", re.ASCII)
 _EVENTS = 100  # read at once
 _CANCELLING_S = 10.0  # in which the owner of a run, wherever that is, ends it; then the answer says how it stands
+_CLOSING_S = 5.0  # in which the end of a run is stored whose answer was given already
 _PAUSE_S = 0.25  # between tries to read what an engine alone knows
 _MOST_ITEMS = 100
 _USUAL_ITEMS = 20
@@ -90,7 +91,8 @@ async def cancel_response(request: Request, response_id: str) -> Response:
     service, store, record = await _find(request, response_id)
     if not record.background:
         raise BadRequest("response_id: only a response made with background=true can be cancelled", "response_id")
-    if record.ended_at is None and await store.request_cancel(record.run_id):
+    if record.ended_at is None:
+        await store.request_cancel(record.run_id)  # nothing is left to cancel where it has just ended: then no wait
         try:
             await store.wait(record.run_id, 2**31 - 1, _CANCELLING_S)
         except NoSuchRun:
@@ -163,10 +165,9 @@ async def _complete(service: AskService, raw: bytes, caller: Caller) -> bytes:
     except BadRequest as error:
         if error.param != "input":  # what is too little by itself may do as the end of more
             raise
-    name = _NAME.fullmatch(earlier)
     async with promptly(service.store):
-        record = await service.store.get(RUN + name[1]) if name else None
-    if record is None or record.kind != "response" or not caller.sees(record.key_id):
+        record = await _look_up(service, service.store, earlier, caller)
+    if record is None:
         raise BadRequest(
             f"previous_response_id: there is no response {earlier[:128]!r}",
             "previous_response_id",
@@ -336,11 +337,29 @@ async def _find(request: Request, response_id: str) -> tuple[AskService, RunStor
             "responses_not_stored",
             "This server stores no responses: start it with --state-dir DIR or MRSA_DATABASE_URL.",
         )
-    name = _NAME.fullmatch(response_id)
-    record = await service.store.get(RUN + name[1]) if name else None
-    if record is None or record.kind != "response" or not caller_of(request).sees(record.key_id):
+    record = await _look_up(service, service.store, response_id, caller_of(request))
+    if record is None:
         raise _unknown(response_id)
     return service, service.store, record
+
+
+async def _look_up(service: AskService, store: RunStore, response_id: str, caller: Caller) -> StoredRun | None:
+    """A response that a caller sees; one whose answer it may have already, as it was answered.
+
+    In the foreground that comes before the run's end is on the disk: whoever goes on with it at once would be told that
+    it is still being made.
+    """
+    name = _NAME.fullmatch(response_id)
+    record = await store.get(RUN + name[1]) if name else None
+    if record is None or record.kind != "response" or not caller.sees(record.key_id):
+        return None
+    if record.ended_at is not None or record.background or service.runner.find(record.run_id) is not None:
+        return record
+    try:
+        await store.wait(record.run_id, 2**31 - 1, _CLOSING_S)
+    except NoSuchRun:
+        return None
+    return await store.get(record.run_id)
 
 
 def _unknown(response_id: str) -> ApiError:

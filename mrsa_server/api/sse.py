@@ -91,7 +91,7 @@ class EventStream(Response):
         try:
             async with until_gone(receive), aclosing(self._frames()) as frames:
                 try:
-                    first = await anext(frames)
+                    first = await anext(frames, b"")  # none, where what was to be read went meanwhile
                 except ApiError as error:
                     await to_response(error)(scope, receive, send)
                     return

@@ -170,20 +170,22 @@ class OpenAIEngine:
     async def healthy(self) -> bool:
         """Whether the server answers, and says that it is well as far as it says anything of that.
 
-        A router says so without a server behind it too, but then it lists no model.
+        A router says so without a server behind it too, but then it lists no model. vLLM's says that it is not as long
+        as any of its servers is not, and elsewhere whether one is.
         """
-        timeouts = {"connect": 5.0, "read": 5.0}
-        well = False
-        for path in ("/health", "/v1/models"):
-            try:
-                async with self._send("GET", path, timeouts=timeouts):
-                    well = True
-            except EngineDead:
-                return False
-            except EngineError as error:
-                if error.status is None or error.status >= 500:
-                    return False
-        return well
+        health, models = await self._status("/health"), await self._status("/v1/models")
+        if health >= 500:
+            health = await self._status("/readiness")
+            return models < 300 and health < 300
+        return max(health, models) < 500 and min(health, models) < 300
+
+    async def _status(self, path: str) -> int:
+        """The HTTP status of a GET; 599 for none."""
+        try:
+            async with self._send("GET", path, timeouts={"connect": 5.0, "read": 5.0}) as response:
+                return response.status_code
+        except (EngineError, EngineDead) as error:
+            return getattr(error, "status", None) or 599
 
     async def generate(self, request: RolloutRequest) -> AsyncGenerator[Delta, None]:
         """Generate up to `request.max_tokens` tokens, in one call to the server.

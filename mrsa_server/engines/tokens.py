@@ -72,7 +72,7 @@ class Tokens:
                 return_dict=False,
             )
         except (TemplateError, ValueError, TypeError) as error:
-            raise EngineError(f"the chat template of the model refuses these messages: {error}") from error
+            raise EngineError(f"the chat template of the model refuses these messages: {error}", 400) from error
         return ids
 
     def encode(self, text: str) -> Sequence[int]:

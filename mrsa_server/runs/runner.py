@@ -81,7 +81,7 @@ _LOOK_S = 1.0  # between looks for runs that were left behind
 _TOGETHER_S = 0.05  # in which places of batches that come free are filled together
 _TAKEN_AT_ONCE = 64  # runs that were left behind; others that share the store may have room too
 # What a server answers to a request that would be refused the next time too.
-_REFUSALS = frozenset({400, 413, 422})
+REFUSALS = frozenset({400, 413, 422})
 
 log = structlog.get_logger("mrsa.run")
 
@@ -908,7 +908,7 @@ def _verdict(state: State, failures: set[int | None]) -> tuple[ApiError | None, 
         case RunFailed(reason):
             if state.stopping is Stopped.DEADLINE and state.params.deadline_s is not None:
                 return DeadlinePassed(state.params.deadline_s), "failed"
-            if failures and failures <= _REFUSALS:
+            if failures and failures <= REFUSALS:
                 return EngineRefused(reason), "refused"
             return EngineFailed(reason), "failed"
     raise RuntimeError(f"run {state.run_id} ended without an outcome")

@@ -181,7 +181,7 @@ def test_generations_that_are_lost_change_no_answer_and_the_log_says_what_they_c
 
     async def both() -> tuple[State, State, list[Event], Crumbling]:
         whole, _ = await go(init("run", PROBLEM, params, templates), World(key))
-        engine = Crumbling(key, 4)
+        engine = Crumbling(key, 2)
         start = init("run", PROBLEM, params, templates)
         state, events = await go(start, engine)
         return whole, state, [start.started, *events], engine
@@ -203,10 +203,25 @@ def test_a_rollout_that_is_lost_again_and_again_has_failed(templates: Templates)
 
     state, events = run_virtual(go(init("run", PROBLEM, SMALL, templates), ScriptedEngine(say, chunk_tokens=1)))
     assert isinstance(state.outcome, RunFinished)
-    assert [event.charged_tokens for event in events if isinstance(event, RunResumed)] == [20] * 4
+    assert [event.charged_tokens for event in events if isinstance(event, RunResumed)] == [20] * 2
     (failed,) = (event for event in events if isinstance(event, RolloutFailed))
     assert (failed.slot, failed.status, failed.usage.completion_tokens) == (Slot(0, 1), 502, 20)
-    assert state.charged_tokens == 80
+    assert state.charged_tokens == 40
+
+
+def test_a_rollout_that_nobody_takes_is_asked_for_again_for_half_a_minute(templates: Templates) -> None:
+    class Refusing(World):
+        async def generate(self, request: RolloutRequest) -> AsyncGenerator[Delta, None]:
+            if asyncio.get_running_loop().time() < 30:
+                raise GenerationLost("no server", 503)
+            async with aclosing(super().generate(request)) as stream:
+                async for delta in stream:
+                    yield delta
+
+    state, events = run_virtual(go(init("run", PROBLEM, SMALL, templates), Refusing(1)))
+    assert isinstance(state.outcome, RunFinished)
+    assert not any(isinstance(event, RolloutFailed) for event in events)
+    assert state.charged_tokens == 0
 
 
 def test_a_dead_engine_fails_no_run_and_the_run_goes_on_when_it_is_back(templates: Templates) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import multiprocessing
 import time
 from collections.abc import Iterator
 
@@ -85,3 +86,25 @@ def test_an_answer_that_hangs_the_library_is_judged_as_text() -> None:
         assert slow.group(["9^{9^{9^9}}", "9^{9^{9^9}}+1", "9^{9^{9^9}}"]).result(60) == (0, 1, 0)
     finally:
         slow.close()
+
+
+def test_a_worker_that_was_killed_is_replaced() -> None:
+    judge, others = MathJudge(timeout_s=20), set(multiprocessing.active_children())
+    try:
+        assert judge.group(["\\frac{1}{2}", "\\sqrt{8}"]).result(60) == (0, 1)
+        (worker,) = set(multiprocessing.active_children()) - others
+        worker.kill()  # as by a kernel without memory, while it had nothing to do
+        deadline = time.monotonic() + 10
+        while judge._pool.active and time.monotonic() < deadline:  # type: ignore[union-attr]
+            time.sleep(0.05)
+        assert judge.group(["\\frac{1}{2}", "\\frac{2}{4}"]).result(60) == (0, 0)
+    finally:
+        judge.close()
+
+
+def test_answers_for_which_nobody_waits_any_more_break_nothing(
+    judge: MathJudge, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert judge.group(["\\frac{1}{2}", "\\sqrt{8}"]).cancel()
+    assert judge.group(["\\frac{1}{2}", "\\frac{2}{4}"]).result(60) == (0, 0)
+    assert caplog.records == []

@@ -12,6 +12,8 @@ import asyncio
 import codecs
 import random
 import re
+import socket
+import struct
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -28,6 +30,8 @@ _NAMES = {token: name for name, token in SPECIAL.items()}
 _SPLIT = re.compile("(" + "|".join(map(re.escape, SPECIAL)) + ")")
 MODEL = "fake"
 CONTEXT = 131_072
+_DRIPS = 24  # writes of the fault `drip` that hold a byte each
+_DRIP_S = 0.02  # between them
 
 
 def encode(text: str) -> list[int]:
@@ -71,18 +75,24 @@ class Script:
         piece: Characters (level 1: ids) in one event of a stream.
         interval: Level 1: put as many ids into an event as the request's `stream_interval` says, as vLLM does.
         reasoning: What it thinks; empty for a model that does not.
+        answers: In place of the one answer, several in turn.
         think: Where the thinking stands: `content` (markers in the text), `field`, or `prompt` (the template opens it).
         field: Name of the field for `think="field"`.
         rethink: Think also where only the answer is asked for.
         token_ids: The one thing that /tokenize gives, whatever it is; empty for true ids.
         linger: Leave the connection open after the stream's end, as a server that forgets it does.
-        fault: 400, 429, 500, 503, hang, reset, truncate, garbage or error (an error frame).
+        fault: 400, 429, 500, 503, hang, reset (the connection ends in the middle), abort (likewise, with a TCP reset),
+            stall (silence in the middle), drip (byte by byte), truncate, garbage or error (an error frame).
         fault_every: Each k-th generation has the fault.
+        faults: One of these, drawn anew for each generation that has any.
+        fault_share: How many generations have one of them.
+        tokens_fault_share: How many requests for ids and texts have one of `tokens_faults`, a status or hang.
         json: Answer with application/json though a stream was asked for.
         down: Status of every answer, as while a model is loading.
         api_key: Without it in the header everything is a 401.
         raw: Bytes of an SSE body, written as they are in place of an answer, one write each.
         empty: A router without a server behind it: well by itself, 503 whatever else it is asked.
+        partly: vLLM's router with a server that is ill beside one that is well.
         refuses_priority: A priority other than 0 is a 400, as without vLLM's scheduling policy.
         refuses_salt: A cache_salt is a 400.
         kv_blocks: Level 1: blocks of 16 tokens in the KV cache of each of its engines, told by its metrics.
@@ -96,6 +106,7 @@ class Script:
     interval: bool = False
     reasoning: str = ""
     answer: str = "The answer is \\boxed{42}."
+    answers: tuple[str, ...] = ()
     think: str = "content"
     field: str = "reasoning_content"
     tool_calls: tuple[tuple[str, str], ...] = ()
@@ -104,9 +115,14 @@ class Script:
     linger: bool = False
     fault: str | None = None
     fault_every: int = 1
+    faults: tuple[str, ...] = ()
+    fault_share: float = 0.0
+    tokens_fault_share: float = 0.0
+    tokens_faults: tuple[str, ...] = ("500", "hang")
     json: bool = False
     down: int | None = None
     empty: bool = False
+    partly: bool = False
     api_key: str | None = None
     raw: tuple[bytes, ...] = ()
     refuses_priority: bool = False
@@ -127,21 +143,28 @@ class Stats:
 
 
 class FakeUpstream:
-    """The server; an async context manager in tests. It keeps the last bodies in `requests`, traces in `traces`."""
+    """The server; an async context manager in tests.
 
-    def __init__(self, script: Script | None = None, port: int = 0, keep: int = 64) -> None:
+    It keeps the last bodies in `requests` and traces in `traces`; `seed` draws the faults.
+    """
+
+    def __init__(
+        self, script: Script | None = None, port: int = 0, keep: int = 64, seed: int = 0, host: str = "127.0.0.1"
+    ) -> None:
         self.script = script or Script()
+        self.host = host
         self.port = port
         self.stats = Stats()
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.traces: list[tuple[str, str]] = []
         self._keep = keep
+        self._draws = random.Random(seed)
         self._server: asyncio.Server | None = None
         self.protocols: set[_Connection] = set()
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     @property
     def generations(self) -> list[dict[str, Any]]:
@@ -150,6 +173,18 @@ class FakeUpstream:
 
     def change(self, **changes: Any) -> None:
         self.script = replace(self.script, **changes)
+
+    def fault(self) -> str | None:
+        """Of the generation that was counted last."""
+        script = self.script
+        if script.faults:
+            return self._draws.choice(script.faults) if self._draws.random() < script.fault_share else None
+        return script.fault if self.stats.calls % script.fault_every == 0 else None
+
+    def tokens_fault(self) -> str | None:
+        """Of a request for ids or texts."""
+        share = self.script.tokens_fault_share
+        return self._draws.choice(self.script.tokens_faults) if share and self._draws.random() < share else None
 
     def seen(self, path: str, body: dict[str, Any], trace: str) -> None:
         if self._keep:
@@ -161,7 +196,7 @@ class FakeUpstream:
 
     async def __aenter__(self) -> FakeUpstream:
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: _Connection(self), "127.0.0.1", self.port, backlog=4096)
+        self._server = await loop.create_server(lambda: _Connection(self), self.host, self.port, backlog=4096)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
@@ -232,12 +267,16 @@ class _Connection(asyncio.Protocol):
         if path == "/v1/models":
             self._json({"object": "list", "data": [{"id": MODEL, "object": "model"}]})
         elif path == "/health":
-            self._json({})
+            self._json({}, 503 if script.partly else 200)
+        elif path == "/readiness" and script.partly:
+            self._json({"status": "ready", "healthy_workers": 1, "total_workers": 2})
         elif path == "/metrics" and script.kv_blocks:
             self._text(_metrics(script.kv_blocks))
         elif path == "/v1/chat/completions" or (path == "/v1/completions" and script.level == 1):
             self._generate(path, body)
         elif path in ("/tokenize", "/detokenize", "/apply-template") and script.level < 3:
+            if fault := self._upstream.tokens_fault():
+                return None if fault == "hang" else self._error(int(fault), "the fault that was asked for")
             try:
                 self._json(_tokens(script, path, body))
             except (KeyError, ValueError) as error:
@@ -251,7 +290,7 @@ class _Connection(asyncio.Protocol):
         stats.open += 1
         stats.most_open = max(stats.most_open, stats.open)
         self._generating = True
-        fault = script.fault if stats.calls % script.fault_every == 0 else None
+        fault = self._upstream.fault()
         if fault is not None and fault.isdigit():
             self._end()
             return self._error(int(fault), "the fault that was asked for")
@@ -263,6 +302,8 @@ class _Connection(asyncio.Protocol):
             return self._error(400, "Parameter 'cache_salt' is not supported here.")
         if fault == "hang":
             return
+        if script.answers:
+            script = replace(script, answer=script.answers[stats.calls % len(script.answers)])
         events = list(_events(script, path, body))
         if script.raw:
             pieces = list(script.raw)
@@ -277,24 +318,38 @@ class _Connection(asyncio.Protocol):
             pieces[0] = b"data: {nonsense\n\n"
         elif fault == "error":
             pieces[-1:] = [b'data: {"error": {"message": "the engine fell over", "code": 500}}\n\ndata: [DONE]\n\n']
-        elif fault in ("reset", "truncate"):
+        elif fault in ("reset", "abort", "stall", "truncate"):
             pieces = [pieces[0][: len(pieces[0]) // 2]]
+        elif fault == "drip":
+            first = b"".join(pieces)
+            pieces = [first[at : at + 1] for at in range(_DRIPS)] + [first[_DRIPS:]]
         self.transport.write(
             b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
         )
-        step = script.delay_s / len(pieces)
+        step = _DRIP_S if fault == "drip" else script.delay_s / len(pieces)
 
         def write(at: int) -> None:
             self.transport.write(b"%x\r\n%b\r\n" % (len(pieces[at]), pieces[at]))
             if at + 1 < len(pieces):
                 return self._later(step, lambda: write(at + 1))
+            if fault == "stall":
+                return
             self._end()
             if fault == "reset":
                 self.transport.close()
+            elif fault == "abort":
+                self._reset()
             elif not script.linger:
                 self.transport.write(b"0\r\n\r\n")
 
         self._later(step, lambda: write(0))
+
+    def _reset(self) -> None:
+        """End the connection by a TCP reset, at which what is on its way is lost."""
+        descriptor = self.transport.get_extra_info("socket").fileno()
+        with socket.fromfd(descriptor, socket.AF_INET, socket.SOCK_STREAM) as twin:
+            twin.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
 
     def _later(self, delay_s: float, what: Any) -> None:
         self._timer = asyncio.get_running_loop().call_later(delay_s, what)
@@ -484,8 +539,14 @@ def main() -> None:
     parser.add_argument(
         "--think", default=None, choices=("content", "field", "prompt"), help="think as long as it answers"
     )
-    parser.add_argument("--fault", default=None, help="400 429 500 503 hang reset truncate garbage error")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--answers", nargs="*", default=(), help="what it answers in turn, in place of so many tokens")
+    parser.add_argument("--fault", default=None, help="as of the script")
     parser.add_argument("--fault-every", type=int, default=1)
+    parser.add_argument("--faults", default="", help="several, with commas between them")
+    parser.add_argument("--fault-share", type=float, default=0.0)
+    parser.add_argument("--tokens-fault-share", type=float, default=0.0)
+    parser.add_argument("--seed", type=int, default=0, help="of the faults that are drawn")
     options = parser.parse_args()
     letters = random.Random(0).choices("etaoin shrdlu", k=4 * options.tokens)
     text = "".join(letters) if options.varied else "so, " * options.tokens
@@ -496,14 +557,18 @@ def main() -> None:
         piece=options.piece,
         interval=options.interval,
         answer=text[: 4 * options.tokens - 8] + "Answer 4",
+        answers=tuple(options.answers),
         reasoning="hm, " * options.tokens if options.think else "",
         think=options.think or "content",
         fault=options.fault,
         fault_every=options.fault_every,
+        faults=tuple(filter(None, options.faults.split(","))),
+        fault_share=options.fault_share,
+        tokens_fault_share=options.tokens_fault_share,
     )
 
     async def serve() -> None:
-        async with FakeUpstream(script, options.port, keep=0) as upstream:
+        async with FakeUpstream(script, options.port, 0, options.seed, options.host) as upstream:
             print(f"listening on {upstream.url}", flush=True)
             await asyncio.Event().wait()
 

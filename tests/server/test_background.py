@@ -334,6 +334,44 @@ async def test_a_response_goes_on_with_an_earlier_one(store: RunStore, store_url
     assert newest["has_more"] is True
 
 
+async def test_a_response_that_was_answered_is_done_before_its_end_is_on_the_disk(
+    store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with replica(slow(), store_url) as client:
+        kept = client.app.state.asking.store  # type: ignore[attr-defined]
+        write = kept.write_many
+
+        async def write_late(entries: Any) -> Any:
+            if any(entry.status == "finished" for entry in entries):
+                await asyncio.sleep(0.2)
+            return await write(entries)
+
+        monkeypatch.setattr(kept, "write_many", write_late)
+        first = await create(client, background=False)
+        found = await retrieve(client, first["id"])
+        assert (found["status"], found["output"]) == ("completed", first["output"])
+        second = await create(client, background=False)
+        third = await create(client, background=False, previous_response_id=second["id"])
+        assert third["status"] == "completed"
+
+
+async def test_a_response_that_ends_while_it_is_cancelled_is_told_as_it_ended(
+    store: RunStore, store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with replica(slow(), store_url) as client:
+        first = await create(client)
+        kept = client.app.state.asking.store  # type: ignore[attr-defined]
+        request = kept.request_cancel
+
+        async def request_late(run_id: str) -> Any:
+            await until_ended(store, run_id)
+            return await request(run_id)
+
+        monkeypatch.setattr(kept, "request_cancel", request_late)
+        response = await client.post(f"{RESPONSES}/{first['id']}/cancel")
+        assert response.json()["status"] == "completed"
+
+
 async def test_a_response_that_is_not_there_or_not_done_cannot_be_gone_on_with(store: RunStore, store_url: str) -> None:
     async with replica(slow(0.05), store_url) as client:
         for earlier, code in (("resp_1", "previous_response_not_found"), ("nonsense", "previous_response_not_found")):

@@ -627,7 +627,7 @@ async def test_a_small_context_divides_the_preset_and_says_so() -> None:
 async def test_a_conversation_that_the_template_refuses_is_a_400() -> None:
     class Picky(ScriptedEngine):
         async def count(self, messages: object) -> int:
-            raise EngineError("roles must alternate")
+            raise EngineError("roles must alternate", 400)
 
     error = await refuse(Picky())
     assert (error["status"], error["param"]) == (400, "messages")

@@ -7,14 +7,17 @@ import gc
 import socket
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 import httpx
 import orjson
 import pytest
+import uvicorn
 
 from harness.scripted import Script, ScriptedEngine, Speed
+from mrsa_server import serve
+from mrsa_server.api.sse import EventStream
 from mrsa_server.runs.runner import Run
 from mrsa_server.serve import Unpipelined
 from tests.helpers.keys import client, ring
@@ -302,3 +305,34 @@ async def test_an_empty_line_keeps_no_connection() -> None:
         async with asyncio.timeout(3):
             assert await reader.read() == b""
         writer.close()
+
+
+@pytest.mark.parametrize("in_process", [False, True])
+async def test_the_heap_is_settled_again_only_for_an_engine_that_was_loaded_anew(
+    in_process: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settled: list[None] = []
+    monkeypatch.setattr(serve, "settle_heap", lambda: settled.append(None))
+    engine = ScriptedEngine()
+    engine.in_process = in_process
+    async with in_memory(engine) as client:
+        app = client.app  # type: ignore[attr-defined]
+        host = app.state.runner.host
+        server = serve.DrainingServer(uvicorn.Config(app), app, grace_s=0)
+        for _ in range(3):
+            await server.on_tick(1)
+            host.lost("it was away for a moment")
+            await server.on_tick(1)
+            await host.wait_up(5)
+        assert len(settled) == (3 if in_process else 1)
+
+
+async def test_a_stream_that_ends_before_its_first_frame_is_empty_and_no_error() -> None:
+    async def frames() -> AsyncGenerator[bytes, None]:
+        for part in ():
+            yield part
+
+    transport = httpx.ASGITransport(EventStream(frames, lambda _: b"broken"))
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        response = await client.get("/")
+    assert (response.status_code, response.content) == (200, b"")

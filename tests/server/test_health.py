@@ -35,6 +35,7 @@ NAMES = {
     "mrsa_answer_agreement",
     "mrsa_admission_rejections",
     "mrsa_engine_up",
+    "mrsa_tasks",
     "process_resident_memory_bytes",
 }
 

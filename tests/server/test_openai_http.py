@@ -20,7 +20,8 @@ from harness.types import AnswerRules, Finish, Message, RolloutRequest, Sampling
 from mrsa_server.engines.openai_http import Level, OpenAIEngine
 from mrsa_server.engines.openai_pace import Pace
 from mrsa_server.engines.openai_stream import CLOSE, OPEN, AnswerOnly, Frames, IdReader, Markers, TextReader
-from tests.helpers.fake_upstream import END_THINK, IM_END, THINK, FakeUpstream, Script, decode, encode
+from tests.helpers.fake_upstream import END_THINK, IM_END, MODEL, THINK, FakeUpstream, Script, decode, encode
+from tests.helpers.serving import CHAT, in_memory
 
 REASONING = "Sechs mal sieben: 6·7 = 42 ✓. " * 3
 ANSWER = "Die Antwort ist \\boxed{42}."
@@ -156,6 +157,41 @@ async def test_a_stream_that_is_cut_is_a_dead_engine_where_the_router_has_lost_i
             protocol.transport.close()
         with pytest.raises(EngineDead):
             await generation
+
+
+async def test_a_router_is_well_as_long_as_one_of_its_servers_is() -> None:
+    async with served(Script(level=1)) as (engine, upstream):
+        await engine.start()
+        upstream.change(partly=True)
+        assert await engine.healthy()
+        upstream.change(fault="500", partly=True)
+        with pytest.raises(EngineError):  # and so a failure is the rollout's
+            await collect(engine, request())
+
+
+async def test_generations_that_are_cut_are_asked_for_again_and_their_run_goes_on() -> None:
+    async with FakeUpstream(Script(level=1, answer=ANSWER, delay_s=0.4, writes=0)) as upstream:
+        async with in_memory(OpenAIEngine(upstream.url)) as client:
+            sizes = {"population": 4, "rounds": 1, "set_size": 4, "rollout_tokens": 200, "tail_tokens": 32}
+            body = {"model": f"{MODEL}-mrsa", "messages": [{"role": "user", "content": "?"}], "mrsa": sizes}
+            asking = asyncio.create_task(client.post(CHAT, json=body))
+            await settled(lambda: upstream.stats.open == 4)
+            for protocol in list(upstream.protocols):
+                protocol.transport.close()  # one behind a router that is well; the server itself listens on
+            answer = (await asking).json()
+    assert answer["choices"][0]["message"]["content"] == ANSWER
+    assert answer["mrsa"]["rounds"][0]["finished"] == 4
+
+
+@pytest.mark.parametrize(("fault", "status"), [("500", 502), ("hang", 502), ("400", 400)])
+async def test_what_stops_the_server_from_counting_a_prompt_is_its_own_fault(fault: str, status: int) -> None:
+    async with FakeUpstream(Script(level=1)) as upstream:
+        async with in_memory(OpenAIEngine(upstream.url, read_timeout_s=0.2)) as client:
+            upstream.change(tokens_fault_share=1.0, tokens_faults=(fault,))
+            body = {"model": MODEL, "messages": [{"role": "user", "content": "How many?"}]}
+            response = await client.post(CHAT, json=body)
+    assert response.status_code == status, response.text
+    assert ("chat template" in response.json()["error"]["message"]) == (status == 400)
 
 
 async def test_a_hundred_generations_that_fail_at_once_look_after_the_server_once() -> None:
