@@ -186,10 +186,17 @@ class Crowded(ApiError):
 
 
 class ShuttingDown(ApiError):
-    """This server is about to leave."""
+    """This server is about to leave.
 
-    def __init__(self) -> None:
+    Args:
+        handed_on: The run that goes on elsewhere, or when the server is back; without an `Idempotency-Key`, who asks
+            again has another one.
+    """
+
+    def __init__(self, handed_on: str | None = None) -> None:
         message = "This server is shutting down: ask again."
+        if handed_on is not None:
+            message = f"This server is shutting down; {handed_on} goes on: GET /v1/runs/{handed_on}, or ask again."
         super().__init__(503, "server_shutting_down", message, headers=(("retry-after", "1"),))
 
 

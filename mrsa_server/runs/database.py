@@ -45,6 +45,11 @@ _DRIVERS = {
     "postgresql": "postgresql+asyncpg",
     "postgresql+asyncpg": "postgresql+asyncpg",
 }
+# Of a URL's query, as texts; asyncpg knows more, which are no texts.
+_OPTIONS = frozenset(
+    ("host", "port", "user", "password", "passfile", "service", "servicefile", "ssl", "target_session_attrs")
+    + ("prepared_statement_cache_size",)
+)
 
 
 def parse_url(url: str) -> URL:
@@ -62,7 +67,16 @@ def parse_url(url: str) -> URL:
         raise ValueError(f"runs are stored in sqlite or postgresql, not in {parsed.drivername}")
     if driver.startswith("sqlite") and parsed.database in (None, "", ":memory:"):
         raise ValueError("a SQLite store is a file: sqlite:///PATH")
-    return parsed.set(drivername=driver)
+    if parsed.port is not None and not 0 < parsed.port < 65_536:
+        raise ValueError("the port of the database URL must be between 1 and 65535")
+    query = dict(parsed.query)
+    if "sslmode" in query:  # as libpq has it, and those who hand URLs out
+        query.setdefault("ssl", query.pop("sslmode"))
+    known = frozenset[str]() if driver.startswith("sqlite") else _OPTIONS
+    if unknown := sorted(set(query) - known):
+        options = f"must be one of {', '.join(sorted(known))}" if known else "SQLite has none"
+        raise ValueError(f"the database URL has the option {unknown[0][:64]!r}: {options}")
+    return parsed.set(drivername=driver, query=query)
 
 
 class Database:

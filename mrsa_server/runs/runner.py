@@ -623,7 +623,7 @@ class Runner:
             await asyncio.wait((self._adopting,), timeout=_LOOK_S)
         runs = list(self._runs)
         for run in runs:
-            run.cancel(ShuttingDown())
+            run.cancel(ShuttingDown(None if run.book is None else run.id))
         await asyncio.gather(*(run.task for run in runs if run.task is not None), return_exceptions=True)
         last_words = self._closing | (set() if self._journal is None else self._journal.undoing)
         if last_words:

@@ -75,6 +75,7 @@ async def test_a_server_that_leaves_hands_its_runs_on(store: RunStore, store_url
             await client.app.state.runner.drain(0)  # type: ignore[attr-defined]
             response = await asking
             assert response.status_code == 503
+            assert f"GET /v1/runs/{run_id}" in response.json()["error"]["message"]
             text = (await client.get("/metrics")).text
     handed_on = await store.get(run_id)
     assert [line["event"] for line in lines if line.get("run_id") == run_id] == ["run handed on"]
