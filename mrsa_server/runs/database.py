@@ -46,10 +46,10 @@ _DRIVERS = {
     "postgresql+asyncpg": "postgresql+asyncpg",
 }
 # Of a URL's query, as texts; asyncpg knows more, which are no texts.
-_OPTIONS = frozenset(
-    ("host", "port", "user", "password", "passfile", "service", "servicefile", "ssl", "target_session_attrs")
-    + ("prepared_statement_cache_size",)
-)
+_OPTIONS = {
+    *("host", "port", "user", "password", "passfile", "service", "servicefile", "ssl"),
+    *("target_session_attrs", "prepared_statement_cache_size"),
+}
 
 
 def parse_url(url: str) -> URL:
@@ -72,7 +72,7 @@ def parse_url(url: str) -> URL:
     query = dict(parsed.query)
     if "sslmode" in query:  # as libpq has it, and those who hand URLs out
         query.setdefault("ssl", query.pop("sslmode"))
-    known = frozenset[str]() if driver.startswith("sqlite") else _OPTIONS
+    known: set[str] = set() if driver.startswith("sqlite") else _OPTIONS
     if unknown := sorted(set(query) - known):
         options = f"must be one of {', '.join(sorted(known))}" if known else "SQLite has none"
         raise ValueError(f"the database URL has the option {unknown[0][:64]!r}: {options}")
