@@ -75,7 +75,11 @@ def test_every_route_says_who_may_use_it() -> None:
 
 def test_there_are_no_routes_but_those_that_are_walked() -> None:
     app = create_app(Settings(engine="scripted", state_dir="none"))
-    assert len(app.router.routes) == len(ROUTERS)
+    served = []
+    for route in app.router.routes:  # since 0.141 or so FastAPI keeps a router that is included as one of them
+        included = getattr(route, "original_router", None)
+        served += [route] if included is None else included.routes
+    assert {getattr(route, "endpoint", route) for route in served} == {endpoint for _, _, endpoint in ROUTES}
     assert app.openapi_url is None or app.docs_url is None
 
 
