@@ -32,10 +32,15 @@ INTEGER = json.dumps(
 )
 
 
+async def whole(engine: EmbeddedEngine, made: Generation) -> str:
+    """What the ids say, without the beginning of a character that the bound on tokens cut."""
+    return (await engine.decode(made.ids)).rstrip("\ufffd")
+
+
 async def test_ids_and_text_are_the_same_tokens(engine: EmbeddedEngine) -> None:
     made = await generate(engine, ask("Write a poem about the sea, with emoji.", max_tokens=64))
     assert len(made.ids) <= 64
-    assert await engine.decode(made.ids) == made.text
+    assert await whole(engine, made) == made.text
     assert "<|" not in made.text
 
 
@@ -175,7 +180,7 @@ async def test_eight_at_once(engine: EmbeddedEngine) -> None:
     made = await asyncio.gather(*(generate(engine, ask(f"Count from {i}.", priority=i)) for i in range(8)))
     assert all(one.finish for one in made)
     for one in made:
-        assert await engine.decode(one.ids) == one.text
+        assert await whole(engine, one) == one.text
 
 
 async def test_what_nobody_watches_comes_in_larger_pieces(engine: EmbeddedEngine) -> None:
