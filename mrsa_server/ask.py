@@ -221,7 +221,10 @@ def _ask(url: str, question: str, effort: str | None, arguments: argparse.Namesp
 
 def _first_model(client: httpx.Client) -> str:
     try:
-        models = [str(model["id"]) for model in client.get("/v1/models").raise_for_status().json()["data"]]
+        response = client.get("/v1/models")
+        if response.status_code != 200:
+            raise AskFailed(message_of(response))
+        models = [str(model["id"]) for model in response.json()["data"]]
     except (httpx.HTTPError, KeyError, ValueError) as error:
         raise AskFailed(f"the server does not list its models: {error}") from error
     name = next((model for model in models if model.endswith("-mrsa")), None)

@@ -37,9 +37,10 @@ def visible(text: str) -> str:
 
 
 def message_of(response: httpx.Response) -> str:
-    """What a refusal says. The response must have been read."""
+    """What a refusal says, and where the key is taken from that it asks for. The response must have been read."""
+    hint = f" It is taken from {KEY_VARIABLE}." if response.status_code == 401 else ""
     try:
-        return visible(str(response.json()["error"]["message"]))
+        return visible(str(response.json()["error"]["message"])) + hint
     except (ValueError, KeyError, TypeError):
         return f"HTTP {response.status_code}: {visible(response.text[:300])}"
 

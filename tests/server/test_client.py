@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 
 import httpx
@@ -9,7 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mrsa_server import cli
 from mrsa_server.client import KEY_VARIABLE, connect, lines
+from tests.helpers.keys import client, ring
+from tests.helpers.serving import on_port
 
 
 @given(st.lists(st.text().map(lambda text: text.replace("\n", "").encode()), min_size=1), st.integers(1, 9))
@@ -34,14 +38,14 @@ def test_the_key_of_the_environment_is_sent(monkeypatch: pytest.MonkeyPatch, key
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     if key is not None:
         monkeypatch.setenv(KEY_VARIABLE, key)
-    with connect("http://localhost:1", httpx.Timeout(1)) as client:
-        assert client.headers.get("authorization") == (f"Bearer {key}" if key else None)
+    with connect("http://localhost:1", httpx.Timeout(1)) as http:
+        assert http.headers.get("authorization") == (f"Bearer {key}" if key else None)
 
 
 def test_a_key_out_of_a_file_may_end_with_a_newline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(KEY_VARIABLE, "sk-mrsa-x\r\n")
-    with connect("http://localhost:1", httpx.Timeout(1)) as client:
-        assert client.headers["authorization"] == "Bearer sk-mrsa-x"
+    with connect("http://localhost:1", httpx.Timeout(1)) as http:
+        assert http.headers["authorization"] == "Bearer sk-mrsa-x"
 
 
 @pytest.mark.parametrize("key", ["sk-mrsa-x\ny", "sk-mrsa-é"])
@@ -50,3 +54,15 @@ def test_what_can_be_no_key_is_refused_and_not_shown(monkeypatch: pytest.MonkeyP
     with pytest.raises(SystemExit, match=KEY_VARIABLE) as refused:
         connect("http://localhost:1", httpx.Timeout(1))
     assert "sk-" not in str(refused.value)
+
+
+async def test_who_asks_without_a_key_is_told_where_it_is_taken_from(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    async with on_port(keys=ring(client("alice"))) as (url, _):
+        for words in (["ask", "1+1?"], ["runs", "list"], ["export", "--format", "rl"]):
+            assert await asyncio.to_thread(cli.main, [*words, "--url", url]) != 0
+            said = capsys.readouterr().err
+            assert "A key is needed" in said
+            assert KEY_VARIABLE in said
