@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import httpx
 import pytest
@@ -20,6 +21,7 @@ def test_what_vllm_traces_is_under_the_rollout_that_asked_for_it(monkeypatch: py
         convert(folder)
     with Collector() as collector:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
+        monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")  # vLLM's is gRPC by default
         engine = {
             "enforce_eager": True,
@@ -37,6 +39,10 @@ def test_what_vllm_traces_is_under_the_rollout_that_asked_for_it(monkeypatch: py
                 "mrsa": {"population": 2, "set_size": 2, "rounds": 1, "rollout_tokens": 16, "final_tokens": 16},
             }
             assert httpx.post(url + CHAT, json={**body, "temperature": 0.3}, timeout=120).status_code == 200
+            until = time.monotonic() + 30  # vLLM does not send what is left when it ends
+            while sum(span.name == "llm_request" for span in collector.spans) < 3:
+                assert time.monotonic() < until
+                time.sleep(0.1)
     rollouts = {span.span_id: span for span in collector.spans if span.name == "chat smol"}
     requests = [span for span in collector.spans if span.name == "llm_request"]
     assert len(rollouts) == 3
