@@ -253,6 +253,10 @@ class KeyRing:
                 found = key
         return None if found is None else Caller(found.id, found.scopes, found.limits)
 
+    def knows(self, key_id: str) -> bool:
+        """Whether there is a key of this id, and it was not taken away."""
+        return key_id in self._by_id
+
     def limits(self, key_id: str | None) -> Limits:
         """What a key may use; a key that is gone has no limits, and nobody who asks with it."""
         found = self._by_id.get(key_id)

@@ -18,7 +18,7 @@ import structlog
 
 from harness.events import Event
 from mrsa_server.runs.patience import patiently, promptly
-from mrsa_server.runs.record import Ended, NewRun, StoredStatus
+from mrsa_server.runs.record import Ended, Held, NewRun, StoredStatus
 from mrsa_server.runs.store_errors import Fenced, KeyTaken, RunExists, StoreUnavailable
 
 if TYPE_CHECKING:  # a server without a store loads no database
@@ -269,8 +269,7 @@ class Journal:
         limit: int,
         models: Collection[str],
         of_batches: int | None = None,
-        spent: Collection[str] = (),
-        keys: Collection[str] | None = None,
+        held: Held | None = None,
     ) -> list[Claim]:
         """Take runs that were left behind; none for a lease's time after one in which leases could not be renewed.
 
@@ -278,8 +277,7 @@ class Journal:
             limit: As the store.
             models: Likewise.
             of_batches: Likewise.
-            spent: Likewise.
-            keys: Likewise.
+            held: Likewise.
 
         Raises:
             StoreUnavailable: As the store.
@@ -288,7 +286,7 @@ class Journal:
             await self.renew()  # or it would take its own runs
         if time.time() < self._claims_from:
             return []
-        return await self.store.claim_lost(limit, models, of_batches, spent, keys)
+        return await self.store.claim_lost(limit, models, of_batches, held)
 
     def _renewed_within(self, share: float) -> bool:
         return 0 <= time.time() - self._renewed_at < share * self.store.lease_s

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -13,6 +13,7 @@ BatchStatus = Literal[
     "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
 ]
 FilePurpose = Literal["batch", "batch_output"]
+Held = Callable[[Sequence[str]], Collection[str]]  # of some keys those whose lines of batches are left alone
 BATCH_ENDED: tuple[BatchStatus, ...] = ("failed", "completed", "expired", "cancelled")
 
 

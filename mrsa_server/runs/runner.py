@@ -490,9 +490,7 @@ class Runner:
             try:
                 # An engine that is asleep has to be woken for them too.
                 self._metrics.left_behind.set(0 if self.host.up else await journal.store.count_lost())
-                claims = await journal.claim_lost(
-                    max(0, room), served, max(0, of_batches), self.tenants.spent(), self.tenants.keys
-                )
+                claims = await journal.claim_lost(max(0, room), served, max(0, of_batches), self.tenants.held)
                 for claim in claims:
                     if not await self._take_up(journal, claim, templates, revive):
                         await journal.store.release(claim)

@@ -44,7 +44,7 @@ from harness.types import Slot, Trace
 from mrsa_server.runs import codec, tables
 from mrsa_server.runs.bells import Bells, Progress
 from mrsa_server.runs.database import Database, Transaction
-from mrsa_server.runs.record import BATCH_ENDED, Ended, NewRun, RunKind, StoredStatus
+from mrsa_server.runs.record import BATCH_ENDED, Ended, Held, NewRun, RunKind, StoredStatus
 from mrsa_server.runs.store_errors import Fenced, GivenUp, KeyTaken, NoSuchRun, RunExists, StoreError
 from mrsa_server.runs.transactions import Observer, Transactions
 from mrsa_server.runs.transactions import whole as _whole
@@ -517,8 +517,7 @@ class RunStore:
         limit: int,
         models: Collection[str],
         of_batches: int | None = None,
-        spent: Collection[str] = (),
-        keys: Collection[str] | None = None,
+        held: Held | None = None,
     ) -> list[Claim]:
         """Take unfinished runs whose lease is over.
 
@@ -526,8 +525,7 @@ class RunStore:
             limit: Most of those for whom somebody waits. They come first, the oldest first.
             models: Those that are served here. A run that is to be cancelled, or whose time is over, may be of any.
             of_batches: Most of the others, which are lines of batches; None for what is left of `limit`.
-            spent: Keys whose lines of batches are left alone.
-            keys: All that there are: lines of others, which were taken away, are left alone too. None for any.
+            held: Tells of which keys lines of batches are left alone; None for none.
 
         Raises:
             StoreUnavailable: The database does not answer.
@@ -536,18 +534,26 @@ class RunStore:
         ours = or_(_runs.model.in_(models), _runs.cancel_requested, _runs.deadline_at < now)
         lost = select(_runs.run_id).where(_UNFINISHED, _runs.lease_until < now, ours)
         alone = lost.where(_runs.batch_id.is_(None)).order_by(_runs.created_at, _runs.run_id)
-        waits = _runs.key_id.in_(spent) if keys is None else or_(_runs.key_id.in_(spent), _runs.key_id.not_in(keys))
-        held = and_(_runs.key_id.is_not(None), waits, ~_runs.cancel_requested)
-        batched = lost.where(_runs.batch_id.is_not(None), ~held).order_by(_runs.batch_id, _runs.batch_line)
+        batched = lost.where(_runs.batch_id.is_not(None)).order_by(_runs.batch_id, _runs.batch_line)
         found: list[Claim] = []
         if limit > 0:
             found += await self._claim(alone.limit(limit))
         left = limit - len(found) if of_batches is None else of_batches
         if left > 0:
+            if held is not None and (waiting := held(await self._keys_of_batches())):
+                free = or_(_runs.key_id.is_(None), _runs.key_id.not_in(waiting), _runs.cancel_requested)
+                batched = batched.where(free)
             found += await self._claim(batched.limit(left))
         if self.observer is not None and (lost_before := sum(claim.fence > 1 for claim in found)):
             self.observer.takeovers(lost_before)  # the others are lines that nobody has had yet
         return found
+
+    async def _keys_of_batches(self) -> list[str]:
+        """Those that have a batch under way: a few, however many keys there are."""
+        batches = tables.batches.c
+        query = select(batches.key_id).where(batches.status.not_in(BATCH_ENDED), batches.key_id.is_not(None)).distinct()
+        async with self._database.reading() as connection:
+            return list((await connection.execute(query)).scalars())
 
     async def _claim(self, which: Select[tuple[str]]) -> list[Claim]:
         """Take these runs, in their order."""

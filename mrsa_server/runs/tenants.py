@@ -12,7 +12,7 @@ before its batch is over; what was in flight ends by itself.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from harness.budget import most_read_tokens, most_tokens
@@ -22,6 +22,7 @@ from mrsa_server.api.errors import OverBudget, RateLimited
 from mrsa_server.keyring import KeyRing
 from mrsa_server.metrics import Metrics
 from mrsa_server.runs.admission import Share
+from mrsa_server.runs.record import Held
 
 _BUSY_S = 5.0  # until another run of a key may have ended: nobody knows
 
@@ -32,7 +33,7 @@ class Ticket:
 
     Attributes:
         key_id: Whose run it is.
-        batch: Whether it is a line of a batch: of that only tokens are counted, and it was let in by `spent`.
+        batch: Whether it is a line of a batch: of that only tokens are counted, and it was let in by `held`.
         tokens: Taken of the key's minute.
         committed: Taken of what all runs may cost together.
         begun: Whether it was let in for good.
@@ -170,19 +171,20 @@ class Tenants:
             ticket.tokens = max(need, ticket.tokens)
 
     @property
-    def keys(self) -> tuple[str, ...] | None:
-        """Those whose lines of batches may begin; None for all. One that was taken away would have no limits."""
-        return None if self._ring.open else self._ring.ids
+    def held(self) -> Held | None:
+        """Tells of which keys no line of a batch is to begin now; None where there are no keys."""
+        return None if self._ring.open else self._held
 
-    def spent(self) -> list[str]:
-        """Keys of which no line of a batch is to begin now."""
-        now, found = self._clock(), []
-        for key_id in self._ring.ids:
-            if (per_minute := self._ring.limits(key_id).tokens_per_minute) is not None:
-                tenant = self._tenant(key_id)
-                if tenant.unpriced or tenant.batch_tokens.left(per_minute, now) <= 0:
-                    found.append(key_id)
-        return found
+    def _held(self, key_ids: Sequence[str]) -> list[str]:
+        now = self._clock()
+        return [key_id for key_id in key_ids if not self._ring.knows(key_id) or self._is_spent(key_id, now)]
+
+    def _is_spent(self, key_id: str, now: float) -> bool:
+        per_minute = self._ring.limits(key_id).tokens_per_minute
+        if per_minute is None:
+            return False
+        tenant = self._tenant(key_id)
+        return tenant.unpriced > 0 or tenant.batch_tokens.left(per_minute, now) <= 0
 
     def admit(self, ticket: Ticket, params: Params, prompt_tokens: int, *, promised: bool = False) -> None:
         """Let a run begin for what it may cost at most.
