@@ -46,6 +46,20 @@ async def batch(*words: object) -> int:
     return await asyncio.to_thread(main, ["batch", *map(str, words)])
 
 
+async def noted(problems: Path, output: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """What the files that a command writes said each time, of one that came to its end."""
+    real, notes = command._replace, []
+
+    def replace(path: Path, write: Any) -> None:
+        real(path, write)
+        notes.append(path.read_bytes())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "_replace", replace)
+        assert await batch(problems, "-o", output, "--url", url, *MRSA) == 0
+    return notes
+
+
 def written(path: Path, *lines: object) -> Path:
     path.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
     return path
@@ -306,15 +320,7 @@ async def test_a_batch_that_was_begun_without_a_word_reaching_us_is_found_again(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     problems, output = written(tmp_path / "p.jsonl", {"problem": "?"}), tmp_path / "r.jsonl"
-    real, notes = command._replace, []
-
-    def replace(path: Path, write: Any) -> None:
-        real(path, write)
-        notes.append(path.read_bytes())
-
-    with monkeypatch.context() as patch:
-        patch.setattr(command, "_replace", replace)
-        assert await batch(problems, "-o", output, "--url", url, *MRSA) == 0
+    notes = await noted(problems, output, url, monkeypatch)
     output.unlink()
     (tmp_path / "r.jsonl.batch").write_bytes(notes[1])  # its file is known, and not its batch
     assert await batch(problems, "-o", output, "--url", url, *MRSA) == 0
@@ -391,15 +397,7 @@ async def test_a_batch_that_is_gone_can_be_begun_anew(
     url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     problems, output = written(tmp_path / "p", {"problem": "?"}), tmp_path / "r"
-    real, notes = command._replace, []
-
-    def replace(path: Path, write: Any) -> None:
-        real(path, write)
-        notes.append(path.read_bytes())
-
-    with monkeypatch.context() as patch:
-        patch.setattr(command, "_replace", replace)
-        assert await batch(problems, "-o", output, "--url", url, *MRSA) == 0
+    notes = await noted(problems, output, url, monkeypatch)
     output.unlink()
     note = orjson.loads(notes[2]) | {"batch_id": "batch_0"}
     (tmp_path / "r.batch").write_bytes(orjson.dumps(note))
