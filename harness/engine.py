@@ -109,3 +109,23 @@ class Engine(Protocol):
             EngineDead: As `generate`.
         """
         ...
+
+
+class EngineAround:
+    """An engine around another, which answers for all but `generate`: that is for who is around it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The engine's."""
+        return self._engine.vocabulary
+
+    async def decode(self, token_ids: TokenIds) -> str:
+        """The engine's."""
+        return await self._engine.decode(token_ids)
+
+    async def count(self, messages: tuple[Message, ...]) -> int | None:
+        """The engine's."""
+        return await self._engine.count(messages)

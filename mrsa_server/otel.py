@@ -28,7 +28,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import AttributeValue
 from structlog.typing import EventDict, WrappedLogger
 
-from harness.engine import Delta, Engine, Vocabulary
+from harness.engine import Delta, Engine, EngineAround
 from harness.events import (
     AnswersAgreed,
     DeadlineReached,
@@ -45,7 +45,7 @@ from harness.events import (
     WentFinal,
 )
 from harness.markovian_rsa import RoundStats, State
-from harness.types import Finish, Message, Params, Rollout, RolloutRequest, Slot, TokenIds, TraceHeaders, Usage
+from harness.types import Finish, Params, Rollout, RolloutRequest, Slot, TraceHeaders, Usage
 from mrsa_server import __version__
 from mrsa_server.metrics import RunStatus
 
@@ -322,25 +322,12 @@ class OpenRun:
         span.end()
 
 
-class _TracedEngine:
+class _TracedEngine(EngineAround):
     """An engine that is told of the span of each rollout. Nothing else of it changes."""
 
     def __init__(self, engine: Engine, run: OpenRun) -> None:
-        self._engine = engine
+        super().__init__(engine)
         self._run = run
-
-    @property
-    def vocabulary(self) -> Vocabulary:
-        """The engine's."""
-        return self._engine.vocabulary
-
-    async def decode(self, token_ids: TokenIds) -> str:
-        """The engine's."""
-        return await self._engine.decode(token_ids)
-
-    async def count(self, messages: tuple[Message, ...]) -> int | None:
-        """The engine's."""
-        return await self._engine.count(messages)
 
     def generate(self, request: RolloutRequest) -> AsyncGenerator[Delta, None]:
         """The engine's own generator: between two deltas nothing is added."""

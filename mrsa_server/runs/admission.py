@@ -23,8 +23,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
-from harness.engine import Delta, Engine, Vocabulary
-from harness.types import Message, RolloutRequest, Tail, TokenIds
+from harness.engine import Delta, Engine, EngineAround, Vocabulary
+from harness.types import RolloutRequest, Tail
 from mrsa_server.metrics import Metrics
 from mrsa_server.runs.host import EngineHost
 
@@ -318,27 +318,14 @@ class Admission:
         self._used[hold.kind] = granted + _NEWEST * (new - granted), used + _NEWEST * (generated - used)
 
 
-class AdmittedEngine:
+class AdmittedEngine(EngineAround):
     """An engine whose generations wait for their turn, with the salt of whoever asks. Nothing else of it changes."""
 
     def __init__(self, engine: Engine, admission: Admission, share: Share, cache_salt: str | None = None) -> None:
-        self._engine = engine
+        super().__init__(engine)
         self._admission = admission
         self.share = share
         self._cache_salt = cache_salt
-
-    @property
-    def vocabulary(self) -> Vocabulary:
-        """The engine's."""
-        return self._engine.vocabulary
-
-    async def decode(self, token_ids: TokenIds) -> str:
-        """The engine's."""
-        return await self._engine.decode(token_ids)
-
-    async def count(self, messages: tuple[Message, ...]) -> int | None:
-        """The engine's."""
-        return await self._engine.count(messages)
 
     async def generate(self, request: RolloutRequest) -> AsyncGenerator[Delta, None]:
         """The engine's, once it is its turn.
