@@ -21,7 +21,7 @@ from mrsa_server.api.batches_wire import ENDPOINTS, BatchBody, batch_object, hou
 from mrsa_server.api.errors import NO_RETRY, ApiError, BadRequest, KeyInUse, of_params
 from mrsa_server.api.files import find_file, not_stored
 from mrsa_server.api.idempotency import digest_of, read_key
-from mrsa_server.api.query import integer, query
+from mrsa_server.api.query import integer, page, query
 from mrsa_server.api.sse import ClientGone
 from mrsa_server.api.stored import answer_of
 from mrsa_server.keyring import Caller, Scope, maker
@@ -132,17 +132,9 @@ async def list_batches(request: Request) -> Response:
     found = await service.batches.list_batches(
         after=asked.get("after"), limit=limit + 1, key_id=caller_of(request).only
     )
-    page = found[:limit]
-    counts = await service.batches.counts([batch.batch_id for batch in page])
-    return _json(
-        {
-            "object": "list",
-            "data": [batch_object(batch, counts.get(batch.batch_id)) for batch in page],
-            "first_id": page[0].batch_id if page else None,
-            "last_id": page[-1].batch_id if page else None,
-            "has_more": len(found) > limit,
-        }
-    )
+    shown = found[:limit]
+    counts = await service.batches.counts([batch.batch_id for batch in shown])
+    return _json(page([batch_object(batch, counts.get(batch.batch_id)) for batch in shown], more=len(found) > limit))
 
 
 @router.get("/v1/batches/{batch_id}")

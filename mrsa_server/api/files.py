@@ -21,7 +21,7 @@ from starlette.responses import Response, StreamingResponse
 from mrsa_server.api.auth import caller_of, needs
 from mrsa_server.api.batches_wire import LONGEST_S, file_object, parse_expiry
 from mrsa_server.api.errors import ApiError, BadRequest
-from mrsa_server.api.query import integer, one_of, query
+from mrsa_server.api.query import integer, one_of, page, query
 from mrsa_server.api.sse import ClientGone
 from mrsa_server.keyring import Caller, Scope
 from mrsa_server.runs.patience import promptly
@@ -192,7 +192,7 @@ async def list_files(request: Request) -> Response:
             raise BadRequest(f"after: there is no file {asked['after'][:128]!r}", "after")
     purpose = asked.get("purpose")
     if purpose is not None and purpose not in get_args(FilePurpose):
-        return _json(_page([], more=False))  # OpenAI has more of them, and here are none of those
+        return _json(page([], more=False))  # OpenAI has more of them, and here are none of those
     found = await files.list_files(
         cast("FilePurpose | None", purpose),
         after=after,
@@ -200,7 +200,7 @@ async def list_files(request: Request) -> Response:
         limit=limit + 1,
         key_id=caller.only,
     )
-    return _json(_page([file_object(file) for file in found[:limit]], more=len(found) > limit))
+    return _json(page([file_object(file) for file in found[:limit]], more=len(found) > limit))
 
 
 @router.get("/v1/files/{file_id}")
@@ -248,11 +248,6 @@ async def find_file(files: FileStore, file_id: str, caller: Caller) -> StoredFil
         return None
     file = await files.get(file_id)
     return file if file is not None and caller.sees(file.key_id) else None
-
-
-def _page(data: list[dict[str, object]], *, more: bool) -> dict[str, object]:
-    first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
-    return {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": more}
 
 
 def _json(body: object) -> Response:

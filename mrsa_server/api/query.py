@@ -1,4 +1,4 @@
-"""Parameters of a URL, checked: an error names the parameter and what it may be."""
+"""Parameters of a URL, checked: an error names the parameter and what it may be. And the pages that they ask for."""
 
 from __future__ import annotations
 
@@ -80,3 +80,9 @@ def one_of(given: str, name: str, known: Sequence[str]) -> str:
     if given not in known:
         raise BadRequest(f"{name}: must be one of {', '.join(known)}, not {given[:64]!r}", name)
     return given
+
+
+def page(data: Sequence[Mapping[str, object]], *, more: bool) -> dict[str, object]:
+    """A page of a list as OpenAI has it; `more` tells whether another follows."""
+    first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
+    return {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": more}

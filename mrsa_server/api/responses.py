@@ -25,7 +25,7 @@ from mrsa_server.api.asking import RUN, AskService, Route
 from mrsa_server.api.auth import caller_of, needs
 from mrsa_server.api.completion import Reply, chosen, read_thinking, thinking_of
 from mrsa_server.api.errors import ApiError, BadRequest, EngineUnavailable, RunCancelled, ShuttingDown, of_stored
-from mrsa_server.api.query import boolean, integer, one_of, query
+from mrsa_server.api.query import boolean, integer, one_of, page, query
 from mrsa_server.api.response_events import ResponseEvents
 from mrsa_server.api.responses_wire import RESPONSE, check_body, continued, input_items, parse_response, previous_of
 from mrsa_server.api.sse import KEEP_ALIVE, EventStream, named_frame
@@ -129,9 +129,7 @@ async def list_input_items(request: Request, response_id: str) -> Response:
         if place is None:
             raise BadRequest(f"after: there is no item {asked['after'][:128]!r}", "after")
         items = items[place + 1 :]
-    page = items[:limit]
-    ends = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
-    return _json({"object": "list", "data": page, **ends, "has_more": len(items) > limit})
+    return _json(page(items[:limit], more=len(items) > limit))
 
 
 def _read(raw: bytes, settings: Settings, name: str, created: int) -> Reply:

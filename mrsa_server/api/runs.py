@@ -24,7 +24,7 @@ from harness.types import Slot, TokenIds, Trace
 from mrsa_server.api.asking import RUN
 from mrsa_server.api.auth import caller_of, needs
 from mrsa_server.api.errors import ApiError, BadRequest, EngineFailed, EngineUnavailable
-from mrsa_server.api.query import integer, one_of, query
+from mrsa_server.api.query import integer, one_of, page, query
 from mrsa_server.api.responses_wire import RESPONSE
 from mrsa_server.api.sse import KEEP_ALIVE, EventStream
 from mrsa_server.api.stored import further, log_of, unavailable
@@ -103,16 +103,7 @@ async def list_runs(request: Request) -> Response:
         if not asked.get(name, "").isprintable():
             raise BadRequest(f"{name}: must be printable", name)
     found = await store.list_runs(which, before=last.cursor if last else None, limit=limit + 1)
-    page = found[:limit]
-    return _json(
-        {
-            "object": "list",
-            "data": [_summary(run) for run in page],
-            "first_id": page[0].run_id if page else None,
-            "last_id": page[-1].run_id if page else None,
-            "has_more": len(found) > limit,
-        }
-    )
+    return _json(page([_summary(run) for run in found[:limit]], more=len(found) > limit))
 
 
 @router.get("/v1/runs/{run_id}")
